@@ -1,4 +1,4 @@
-"""The exceptions of toreq: one base class, and messages of the form `<where>: expected ..., got ...; <remedy>`."""
+"""The exceptions of toreq; messages have the form `<where>: expected ..., got ...; <remedy>`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ConvergenceWarning(UserWarning):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a remedy that names the entry of `names` closest to `name`, or all of them when none is close."""
+    """Return a remedy that names the entry of `names` closest to `name`, or all when none is close."""
     known = sorted(names)
     close = difflib.get_close_matches(name.lower(), [entry.lower() for entry in known], n=1)
     if close:

@@ -1,4 +1,4 @@
-"""Atomic writes: a reader sees the old file or the new one, never a part of it, also after a crash or a full disk."""
+"""Atomic writes: a reader sees the old file or the new one, also after a crash or on a full disk."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _REMEDIES = {
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path` that replaces it when the block ends without an error.
 
-    For libraries that write files themselves (`safetensors`, `matplotlib`). The temporary name keeps the suffix of
-    `path`. Missing parent folders are created.
+    For libraries that write files themselves (`matplotlib`). The temporary name keeps the suffix of `path`.
+    Missing parent folders are created.
 
     Raises:
         WriteError: the disk is full, the folder is not writable, or the block raised another `OSError`.
@@ -55,18 +55,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replace the content of `path` by `data` at once; raises `WriteError` and keeps the old file on failure."""
+    """Replace the content of `path` by `data` at once; on failure keeps the old file, raises `WriteError`."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replace the content of `path` by `text` (UTF-8) at once; raises `WriteError` and keeps the old file on failure."""
+    """Replace the content of `path` by `text` in UTF-8, as `atomic_write_bytes` does."""
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
 def atomic_write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
-    """Replace the content of `path` by `value` as JSON; a non-finite number becomes `null`, which JSON can hold.
+    """Replace the content of `path` by `value` as JSON; non-finite numbers become null.
 
     Raises:
         WriteError: the file could not be written; the old one is kept.
