@@ -1,0 +1,56 @@
+"""Nodes, operators, couplings and energies: what settles."""
+
+from toreq.core.attention import Attention, LinearAttention
+from toreq.core.couplings import Bilinear, Coupling, Drive, Lateral, Potential, SelfCoupling, Spring
+from toreq.core.energy import Dynamics, Energy, VectorField
+from toreq.core.nodes import (
+    Activation,
+    HardSigmoid,
+    Identity,
+    LayerNorm,
+    Node,
+    ReLU,
+    Softmax,
+    Tanh,
+    activation,
+)
+from toreq.core.norm_control import NormControl, control_norm
+from toreq.core.operators import Circulant, Conv, Dense, IdentityOperator, Operator, Resample
+from toreq.core.residual import Residual
+from toreq.core.state import Bindings, Bound, State
+
+__all__ = [
+    "Activation",
+    "Attention",
+    "Bilinear",
+    "Bindings",
+    "Bound",
+    "Circulant",
+    "Conv",
+    "Coupling",
+    "Dense",
+    "Drive",
+    "Dynamics",
+    "Energy",
+    "HardSigmoid",
+    "Identity",
+    "IdentityOperator",
+    "Lateral",
+    "LayerNorm",
+    "LinearAttention",
+    "Node",
+    "NormControl",
+    "Operator",
+    "Potential",
+    "ReLU",
+    "Resample",
+    "Residual",
+    "SelfCoupling",
+    "Softmax",
+    "Spring",
+    "State",
+    "Tanh",
+    "VectorField",
+    "activation",
+    "control_norm",
+]

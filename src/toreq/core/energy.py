@@ -1,0 +1,382 @@
+"""Networks that settle: energies, and vector fields that have none."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toreq.core.couplings import Coupling, Drive, Only
+from toreq.core.nodes import Activation, Identity, Node
+from toreq.core.residual import Residual, bind_block, call_block, check_block
+from toreq.core.state import Bindings, Bound, State, leaves, with_leaves
+from toreq.errors import ConfigError, nearest
+
+
+class Dynamics(nn.Module, ABC):
+    r"""Nodes and a field: what a solver relaxes, :math:`a \leftarrow f(\sigma(a))`.
+
+    Args:
+        nodes: the nodes, in the order in which a first feed-forward guess visits them.
+
+    Raises:
+        ConfigError: without nodes, or when two share a name.
+    """
+
+    conservative: bool = False
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        super().__init__()
+        names = [n.name for n in nodes]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(
+                f"{type(self).__name__}: expected at least one node and unique names, got {names}; rename one"
+            )
+        self.shapes = {n.name: n.shape for n in nodes}
+        # named so that a node called like a Module attribute ("type", "training") cannot clash
+        self.activations = nn.ModuleDict({f"node_{n.name}": n.activation for n in nodes})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Node names in order."""
+        return tuple(self.shapes)
+
+    def activation(self, name: str) -> Activation:
+        """The activation of one node."""
+        module = self.activations[f"node_{name}"]
+        assert isinstance(module, Activation)
+        return module
+
+    def bind(self, x: Any) -> Bindings:
+        """Everything that depends on the input and the weights only, with its autograd graph.
+
+        Args:
+            x: the input; a tensor with the batch first, or whatever the drives' modules accept.
+        """
+        out = {f"node_{n}": self.activation(n).bind() for n in self.names}
+        out.update(self._bind(x))
+        return {k: b.map(_full_precision, _full_precision) for k, b in out.items()}
+
+    @abstractmethod
+    def _bind(self, x: Any) -> Bindings: ...
+
+    def activate(self, a: State, bindings: Bindings, only: Only = None) -> State:
+        r""":math:`h = \sigma(a)` for every node."""
+        return {n: self.activation(n)(t, bindings[f"node_{n}"]) for n, t in a.items() if only is None or n in only}
+
+    def derivative(self, a: State, h: State, w: State, bindings: Bindings) -> State:
+        r""":math:`\sigma'(a)\,w` for the nodes of ``w``."""
+        return {n: self.activation(n).derivative(a[n], h[n], t, bindings[f"node_{n}"]) for n, t in w.items()}
+
+    def static(self, bindings: Bindings) -> State:
+        """The part of the field that no state enters (the drives), per node; nodes without one are missing."""
+        return {}
+
+    @abstractmethod
+    def field(self, h: State, bindings: Bindings, static: State | None = None, only: Only = None) -> State:
+        """The field on every node (or those in ``only``).
+
+        Args:
+            h: state, each node ``(B, *shape)``.
+            bindings: what :meth:`bind` returned.
+            static: what :meth:`static` returned, possibly plus constant forces; computed when None.
+            only: names of the nodes wanted.
+        """
+
+    def map(self, h: State, bindings: Bindings, static: State | None = None, only: Only = None) -> State:
+        """The map whose fixed point is the free equilibrium; the field, unless a cheaper one has the same "
+        "fixed point."""
+        return self.field(h, bindings, static, only)
+
+    def batch(self, bindings: Bindings) -> tuple[int, torch.dtype, torch.device]:
+        """Batch size, dtype and device of the states that belong to these bindings."""
+        tensors = [t for b in bindings.values() for t in b.batched.values()]
+        if not tensors:
+            raise ConfigError(
+                f"{type(self).__name__}: expected at least one coupling to the input, got none; add a Drive"
+            )
+        floating = [t for t in leaves(bindings) if t.is_floating_point() or t.is_complex()]
+        dtype = floating[0].dtype
+        for t in floating[1:]:
+            dtype = torch.promote_types(dtype, t.dtype)
+        return tensors[0].shape[0], dtype, tensors[0].device
+
+    def initial(self, bindings: Bindings) -> State:
+        """A deterministic start: driven nodes at their drive, the others by one feed-forward pass in node order."""
+        size, dtype, device = self.batch(bindings)
+        static = self.static(bindings)
+        a = {
+            n: static[n].to(dtype) if n in static else torch.zeros(size, *s, dtype=dtype, device=device)
+            for n, s in self.shapes.items()
+        }
+        for n, t in a.items():
+            if t.shape != (size, *self.shapes[n]):
+                raise ConfigError(
+                    f"{type(self).__name__}: expected a drive of shape {(size, *self.shapes[n])} on node {n!r}, got "
+                    f"{tuple(t.shape)}; check the drive's module and the input's shape"
+                )
+        undriven = [n for n in self.names if n not in static]
+        if static and undriven:
+            h = self.activate(a, bindings)
+            for n in undriven:
+                one = frozenset([n])
+                a[n] = self.field(h, bindings, static, one)[n]
+                h.update(self.activate({n: a[n]}, bindings))
+        return a
+
+    def colours(self) -> list[frozenset[str]]:
+        """Groups of nodes that do not read each other, for block sweeps; one node a group unless known better."""
+        return [frozenset([n]) for n in self.names]
+
+    def field_gradient(self, u: State, w: State, a: State, h: State, bindings: Bindings) -> list[Tensor | None]:
+        r"""Gradient of :math:`\langle u, f(h;\theta)\rangle + \langle w, \sigma(a;\theta)\rangle` for each bound
+        tensor, f
+        being :meth:`map`."""
+        flat = [t.detach() for t in leaves(bindings)]
+        flat = [t.requires_grad_() if t.is_floating_point() else t for t in flat]
+        with torch.enable_grad():
+            bound = with_leaves(bindings, flat)
+            f = self.map({n: t.detach() for n, t in h.items()}, bound)
+            total = sum((u[n].detach() * t).sum() for n, t in f.items())
+            for n, t in w.items():
+                if bound[f"node_{n}"].shared:
+                    total = total + (t.detach() * self.activation(n)(a[n].detach(), bound[f"node_{n}"])).sum()
+        return list(_grad(total, flat))
+
+
+def _grad(total: Any, flat: list[Tensor]) -> list[Tensor | None]:
+    wanted = [t for t in flat if t.requires_grad]
+    if not isinstance(total, Tensor) or not total.requires_grad or not wanted:
+        return [None] * len(flat)
+    grads = iter(torch.autograd.grad(total, wanted, allow_unused=True))
+    return [next(grads) if t.requires_grad else None for t in flat]
+
+
+def _full_precision(t: Tensor) -> Tensor:
+    # under autocast or half-precision weights the drive arrives in few digits; a contrast of equilibria needs them
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+class Energy(Dynamics):
+    r"""An energy of nodes and couplings.
+
+    .. math:: E(a) = \sum_i\left[\langle a_i, h_i\rangle - \Phi_i(a_i)\right] - K(h; x), \quad h_i = \sigma_i(a_i)
+
+    per example; equilibria satisfy :math:`a_i = \partial K/\partial h_i`.
+
+    Args:
+        nodes: the nodes.
+        couplings: the terms of K.
+
+    Raises:
+        ConfigError: when a coupling names a node that is not there.
+    """
+
+    conservative = True
+
+    def __init__(self, nodes: Sequence[Node], couplings: Sequence[Coupling]) -> None:
+        super().__init__(nodes)
+        for c in couplings:
+            for n in c.nodes:
+                if n not in self.shapes:
+                    raise ConfigError(
+                        f"Energy: expected couplings between {list(self.shapes)}, got {type(c).__name__} on {n!r}; "
+                        f"{nearest(n, list(self.shapes))}"
+                    )
+        for c in couplings:
+            if isinstance(c, Residual) and not isinstance(self.activation(c.node), Identity):
+                raise ConfigError(
+                    f"Energy: expected the identity on the predicted node {c.node!r}, got "
+                    f"{type(self.activation(c.node)).__name__}; put the nonlinearity into the block"
+                )
+        self.couplings = nn.ModuleList(couplings)
+        self.muted = False
+
+    def terms(self) -> Iterator[tuple[str, Coupling]]:
+        """Names and couplings; while muted, the drives only."""
+        for i, c in enumerate(self.couplings):
+            assert isinstance(c, Coupling)
+            if not self.muted or isinstance(c, Drive):
+                yield f"coupling_{i}", c
+
+    @property
+    def predictive(self) -> bool:
+        """Whether every term is a :class:`Residual` and every node is predicted: then E = 0 at the free equilibrium."""
+        terms = [c for _, c in self.terms()]
+        predicted = [c.node for c in terms if isinstance(c, Residual)]
+        return len(predicted) == len(terms) and sorted(predicted) == sorted(self.names)
+
+    @contextlib.contextmanager
+    def couplings_off(self) -> Iterator[None]:
+        """A context in which every coupling except the drives is zero: what do they contribute?"""
+        self.muted = True
+        try:
+            yield
+        finally:
+            self.muted = False
+
+    def _bind(self, x: Any) -> Bindings:
+        return {name: c.bind(x) for name, c in self.terms()}
+
+    def static(self, bindings: Bindings) -> State:
+        out: State = {}
+        for name, c in self.terms():
+            if isinstance(c, Drive):
+                d = bindings[name]["drive"]
+                out[c.node] = out[c.node] + d if c.node in out else d
+        return out
+
+    def field(self, h: State, bindings: Bindings, static: State | None = None, only: Only = None) -> State:
+        static = self.static(bindings) if static is None else static
+        acc = {n: t for n, t in static.items() if only is None or n in only}
+        for name, c in self.terms():
+            if not isinstance(c, Drive) and (only is None or any(n in only for n in c.nodes)):
+                c.add_field(acc, h, bindings[name], only)
+        for n, t in h.items():
+            if n not in acc and (only is None or n in only):
+                acc[n] = torch.zeros_like(t)
+        return acc
+
+    def map(self, h: State, bindings: Bindings, static: State | None = None, only: Only = None) -> State:
+        """The field; for a pure prediction-error energy the predictions :math:`h \\leftarrow f(h)`, which "
+        "share its zero."""
+        if not self.predictive:
+            return self.field(h, bindings, static, only)
+        blocks = [(name, c) for name, c in self.terms() if isinstance(c, Residual)]
+        return {c.node: c.prediction(h, bindings[name]) for name, c in blocks if only is None or c.node in only}
+
+    def coupling(self, h: State, bindings: Bindings) -> Tensor:
+        """K per example, ``(B,)``."""
+        first = next(iter(h.values()))
+        total = torch.zeros(first.shape[0], dtype=first.dtype, device=first.device)
+        for name, c in self.terms():
+            total = total + c.value(h, bindings[name])
+        return total
+
+    def forward(self, a: State, bindings: Bindings) -> Tensor:
+        """E per example, ``(B,)``, at pre-activations ``a``."""
+        h = self.activate(a, bindings)
+        return self.local(a, h, bindings) - self.coupling(h, bindings)
+
+    def local(self, a: State, h: State, bindings: Bindings) -> Tensor:
+        r"""The nodes' own energy :math:`\sum_i\Phi_i^*(h_i)` per example, ``(B,)``."""
+        parts = [self.activation(n).conjugate(t, h[n], bindings[f"node_{n}"]) for n, t in a.items()]
+        return torch.stack(parts).sum(0)
+
+    def contrast(
+        self, plus: tuple[State, State], minus: tuple[State, State], weight: Tensor, bindings: Bindings
+    ) -> list[Tensor | None]:
+        r"""Gradient of :math:`\sum_b w_b\,[E_b(h^+) - E_b(h^-)]` at fixed a, for each bound tensor.
+
+        :math:`\partial E/\partial\theta = -\partial K/\partial\theta - \partial\Phi/\partial\theta`, the second
+        term only
+        for learnable activations. Every component reads the states of its own nodes alone.
+
+        Args:
+            plus, minus: pairs ``(a, h)`` of states.
+            weight: ``(B,)``.
+            bindings: of B examples.
+        """
+        grads: dict[str, dict[str, Tensor]] = {}
+        for name, c in self.terms():
+            grads[name] = c.gradient(plus[1], minus[1], -weight, bindings[name])
+        for n in self.names:
+            grads[f"node_{n}"] = self._activation_gradient(n, plus[0][n], minus[0][n], -weight, bindings[f"node_{n}"])
+        return [
+            grads.get(name, {}).get(k) for name, b in bindings.items() for group in (b.shared, b.batched) for k in group
+        ]
+
+    def _activation_gradient(
+        self, n: str, plus: Tensor, minus: Tensor, weight: Tensor, bound: Bound
+    ) -> dict[str, Tensor]:
+        if not bound.shared:
+            return {}
+        with torch.enable_grad():
+            leaf = bound.map(lambda t: t.detach().requires_grad_(), lambda t: t)
+            phi = self.activation(n).potential
+            total = (weight * (phi(plus.detach(), leaf) - phi(minus.detach(), leaf))).sum()
+        grads = torch.autograd.grad(total, list(leaf.shared.values()), materialize_grads=True)
+        return dict(zip(leaf.shared, grads, strict=True))
+
+    def colours(self) -> list[frozenset[str]]:
+        """Greedy colouring of the node graph: nodes of one colour do not read each other."""
+        neighbours: dict[str, set[str]] = {n: set() for n in self.names}
+        for _, c in self.terms():
+            for n in c.nodes:
+                neighbours[n].update(m for m in c.nodes if m != n)
+        colour: dict[str, int] = {}
+        for n in self.names:
+            used = {colour[m] for m in neighbours[n] if m in colour}
+            colour[n] = next(k for k in range(len(self.names)) if k not in used)
+        return [frozenset(n for n in self.names if colour[n] == k) for k in range(max(colour.values()) + 1)]
+
+
+class VectorField(Dynamics):
+    """A field that need not be the gradient of any energy: an ordinary module read as ``a <- block(h, x)``.
+
+    It has no energy to contrast: train it by ``NonConservative``, ``Implicit`` or ``Unrolled``.
+
+    Args:
+        node: the node, or several.
+        block: called as ``block(h, x)`` (or ``block(h)`` with ``inject=False``) with ``h`` of shape ``(B,
+            *node.shape)``
+            and a result of that shape; with several nodes, both are dictionaries.
+        inject: pass ``x``; otherwise a ``drive`` must carry the input.
+        drive: module mapping ``x`` to a constant part of the field on the first node, computed once.
+
+    Raises:
+        ConfigError: for a block with batch statistics or dropout, or when nothing carries the input.
+    """
+
+    def __init__(
+        self,
+        node: Node | Sequence[Node],
+        block: nn.Module,
+        inject: bool = True,
+        drive: nn.Module | None = None,
+    ) -> None:
+        nodes = [node] if isinstance(node, Node) else list(node)
+        super().__init__(nodes)
+        check_block("VectorField", block)
+        if not inject and drive is None:
+            raise ConfigError("VectorField: expected inject=True or a drive, got neither; the input would not enter")
+        self.single = isinstance(node, Node)
+        self.block, self.inject, self.drive = block, inject, drive
+        self.muted = False
+
+    @contextlib.contextmanager
+    def couplings_off(self) -> Iterator[None]:
+        """A context in which the block reads zeros instead of the state."""
+        self.muted = True
+        try:
+            yield
+        finally:
+            self.muted = False
+
+    def _bind(self, x: Any) -> Bindings:
+        out = {"block": bind_block(self.block, x if self.inject else None)}
+        if self.drive is not None:
+            out["drive"] = Bound(batched={"drive": self.drive(x)})
+        return out
+
+    def static(self, bindings: Bindings) -> State:
+        return {self.names[0]: bindings["drive"]["drive"]} if "drive" in bindings else {}
+
+    def field(self, h: State, bindings: Bindings, static: State | None = None, only: Only = None) -> State:
+        static = self.static(bindings) if static is None else static
+        h = {n: torch.zeros_like(t) for n, t in h.items()} if self.muted else h
+        arg: Any = h[self.names[0]] if self.single else h
+        out: Any = call_block(self.block, bindings["block"], arg)
+        fields: State = {self.names[0]: out} if self.single else dict(out)
+        for n, t in fields.items():
+            if t.shape != h[n].shape:
+                raise ConfigError(
+                    f"VectorField: expected the block to return {tuple(h[n].shape)} on node {n!r}, got "
+                    f"{tuple(t.shape)}; a loop needs an output of its input's shape"
+                )
+        fields = {n: fields[n] + static[n] if n in static else fields[n] for n in fields}
+        return {n: t for n, t in fields.items() if only is None or n in only}

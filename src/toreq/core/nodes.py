@@ -1,0 +1,242 @@
+"""Nodes and their activations: every activation is the gradient of a convex potential."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from toreq.core.state import Bound
+from toreq.errors import ConfigError
+
+
+class Activation(nn.Module, ABC):
+    r"""An activation :math:`\sigma = \nabla\Phi` with :math:`\Phi` convex.
+
+    ``analytic`` activations accept complex states (needed by the holomorphic estimator); ``smooth`` ones have a
+    continuous derivative, so that a centered contrast has an error of second order in beta.
+    """
+
+    analytic: bool = True
+    smooth: bool = True
+
+    def bind(self) -> Bound:
+        """The activation's own tensors, none unless it has parameters."""
+        return Bound()
+
+    @abstractmethod
+    def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        r""":math:`h = \sigma(a)`, ``(B, ...) -> (B, ...)``."""
+
+    @abstractmethod
+    def potential(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        r""":math:`\Phi(a)` per example, ``(B, ...) -> (B,)``."""
+
+    @abstractmethod
+    def derivative(self, a: Tensor, h: Tensor, w: Tensor, bound: Bound | None = None) -> Tensor:
+        r""":math:`\sigma'(a)\,w` with ``h = sigma(a)`` given; symmetric in its action, since it is a Hessian."""
+
+    def conjugate(self, a: Tensor, h: Tensor, bound: Bound | None = None) -> Tensor:
+        r""":math:`\Phi^*(h) = \langle a, h\rangle - \Phi(a)` at ``h = sigma(a)``, per example ``(B,)``."""
+        return (a * h).flatten(1).sum(1) - self.potential(a, bound)
+
+
+class Identity(Activation):
+    r""":math:`\sigma(a) = a`, :math:`\Phi(a) = \|a\|^2/2`."""
+
+    def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        return a
+
+    def potential(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        return 0.5 * (a * a).flatten(1).sum(1)
+
+    def derivative(self, a: Tensor, h: Tensor, w: Tensor, bound: Bound | None = None) -> Tensor:
+        return w
+
+
+class Tanh(Activation):
+    r""":math:`\sigma(a) = \tanh a`, :math:`\Phi(a) = \sum\log\cosh a`."""
+
+    def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        return a.tanh()
+
+    def potential(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        return log_cosh(a).flatten(1).sum(1)
+
+    def derivative(self, a: Tensor, h: Tensor, w: Tensor, bound: Bound | None = None) -> Tensor:
+        return w * (1 - h * h)
+
+
+class HardSigmoid(Activation):
+    r""":math:`\sigma(a) = \mathrm{clip}(a, 0, 1)`, the rate of Scellier and Bengio (2017).
+
+    :math:`\Phi(a) = 0` below 0, :math:`a^2/2` in [0, 1], :math:`a - 1/2` above.
+    """
+
+    analytic = False
+    smooth = False
+
+    def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        return a.clamp(0, 1)
+
+    def potential(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        h = a.clamp(0, 1)
+        return (h * (a - 0.5 * h)).flatten(1).sum(1)
+
+    def derivative(self, a: Tensor, h: Tensor, w: Tensor, bound: Bound | None = None) -> Tensor:
+        return torch.where((a > 0) & (a < 1), w, torch.zeros_like(w))
+
+
+class ReLU(Activation):
+    r""":math:`\sigma(a) = \max(a, 0)`, :math:`\Phi(a) = \|\max(a, 0)\|^2/2`."""
+
+    analytic = False
+    smooth = False
+
+    def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        return a.relu()
+
+    def potential(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        return 0.5 * a.relu().square().flatten(1).sum(1)
+
+    def derivative(self, a: Tensor, h: Tensor, w: Tensor, bound: Bound | None = None) -> Tensor:
+        return torch.where(a > 0, w, torch.zeros_like(w))
+
+
+class Softmax(Activation):
+    r""":math:`\sigma(a) = \mathrm{softmax}(a)` over the last axis, :math:`\Phi(a) = \sum\log\sum\exp a`."""
+
+    def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        return softmax(a)
+
+    def potential(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        return log_sum_exp(a).flatten(1).sum(1) if a.dim() > 2 else log_sum_exp(a)
+
+    def derivative(self, a: Tensor, h: Tensor, w: Tensor, bound: Bound | None = None) -> Tensor:
+        return h * (w - (h * w).sum(-1, keepdim=True))
+
+
+class LayerNorm(Activation):
+    r"""Layer norm over the last axis with one scalar gain and a bias vector.
+
+    .. math:: \sigma(a) = g\,\frac{a - \bar a}{\sqrt{\mathrm{var}(a) + \epsilon}} + b, \qquad
+              \Phi(a) = g D \sqrt{\mathrm{var}(a) + \epsilon} + \langle b, a\rangle
+
+    A gain per feature would not be a gradient field; put it into an operator instead. The gain is kept positive
+    (:math:`g = \exp(\text{log\_gain})`), without which :math:`\Phi` would not be convex.
+
+    Args:
+        features: size D of the last axis, at least 2.
+        learnable: whether gain and bias are parameters.
+        eps: added to the variance.
+    """
+
+    def __init__(self, features: int, learnable: bool = True, eps: float = 1e-5) -> None:
+        super().__init__()
+        if features < 2:
+            raise ConfigError(f"LayerNorm: expected features >= 2, got {features}; a single feature has no variance")
+        self.features = features
+        self.eps = eps
+        self.log_gain = nn.Parameter(torch.zeros(()), requires_grad=learnable)
+        self.bias = nn.Parameter(torch.zeros(features), requires_grad=learnable)
+
+    def bind(self) -> Bound:
+        return Bound(shared={"gain": self.log_gain.exp(), "bias": self.bias})
+
+    def _parts(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        centred = a - a.mean(-1, keepdim=True)
+        # squares without abs keep the function analytic for complex states
+        return centred, ((centred * centred).mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        bound = self.bind() if bound is None else bound
+        centred, std = self._parts(a)
+        return centred * (bound["gain"] / std) + bound["bias"]
+
+    def potential(self, a: Tensor, bound: Bound | None = None) -> Tensor:
+        bound = self.bind() if bound is None else bound
+        _, std = self._parts(a)
+        return self.features * bound["gain"] * std.flatten(1).sum(1) + (a * bound["bias"]).flatten(1).sum(1)
+
+    def derivative(self, a: Tensor, h: Tensor, w: Tensor, bound: Bound | None = None) -> Tensor:
+        bound = self.bind() if bound is None else bound
+        centred, std = self._parts(a)
+        unit = centred / std
+        w = w - w.mean(-1, keepdim=True)
+        return (bound["gain"] / std) * (w - unit * (unit * w).mean(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class Node:
+    """A named group of units of one shape, with the activation they share.
+
+    Args:
+        name: unique in its network; letters, digits and underscores.
+        shape: shape of one example's units, e.g. ``(512,)`` or ``(N, D)`` or ``(C, H, W)``.
+        activation: the units' activation.
+
+    Raises:
+        ConfigError: for an empty or non-positive shape, or a name that is no identifier.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    activation: Activation
+
+    def __init__(self, name: str, shape: int | Sequence[int], activation: Activation) -> None:
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if not name.isidentifier():
+            raise ConfigError(f"Node: expected a name like 'hidden', got {name!r}; use letters, digits, underscores")
+        if not shape or any(s < 1 for s in shape):
+            raise ConfigError(f"Node {name!r}: expected a shape of positive sizes, got {shape}; e.g. (512,)")
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "activation", activation)
+
+
+def log_cosh(a: Tensor) -> Tensor:
+    r""":math:`\log\cosh a` without overflow, for real and complex tensors."""
+    if a.is_complex():
+        z = torch.where(a.real >= 0, a, -a)  # even function: choose the half plane where exp(-2z) is small
+        return z + torch.log1p((-2 * z).exp()) - torch.log(torch.tensor(2.0, dtype=a.real.dtype, device=a.device))
+    m = a.abs()
+    return m + torch.nn.functional.softplus(-2 * m) - 0.6931471805599453
+
+
+def log_sum_exp(a: Tensor) -> Tensor:
+    """Log-sum-exp over the last axis, for real and complex tensors."""
+    if not a.is_complex():
+        return a.logsumexp(-1)
+    top = a.real.detach().amax(-1, keepdim=True)
+    return (a - top).exp().sum(-1).log() + top.squeeze(-1)
+
+
+def softmax(a: Tensor) -> Tensor:
+    """Softmax over the last axis, for real and complex tensors."""
+    if not a.is_complex():
+        return a.softmax(-1)
+    e = (a - a.real.detach().amax(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+ACTIVATIONS: dict[str, type[Activation]] = {
+    "identity": Identity,
+    "tanh": Tanh,
+    "hard_sigmoid": HardSigmoid,
+    "relu": ReLU,
+    "softmax": Softmax,
+}
+
+
+def activation(name: str) -> Activation:
+    """An activation without parameters by its name: identity, tanh, hard_sigmoid, relu, softmax."""
+    from toreq.errors import nearest
+
+    if name not in ACTIVATIONS:
+        raise ConfigError(
+            f"activation: expected one of {sorted(ACTIVATIONS)}, got {name!r}; {nearest(name, list(ACTIVATIONS))}"
+        )
+    return ACTIVATIONS[name]()

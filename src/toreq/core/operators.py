@@ -1,0 +1,335 @@
+"""Linear operators with an exact adjoint: the matrices that couple nodes.
+
+``forward(u)`` is :math:`A u` and ``adjoint(w)`` is :math:`A^\\top w`. (The forward map is not called ``apply``, which
+``nn.Module`` already has for initialisation functions.) Both take the operator's tensors as an optional second
+argument:
+a relaxation materialises them once (symmetrised, norm-controlled) and passes them to every step.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toreq.errors import ConfigError
+
+Tensors = dict[str, Tensor]
+
+
+def _shape(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+class Operator(nn.Module, ABC):
+    r"""A linear map :math:`A` from ``(B, *in_shape)`` to ``(B, *out_shape)`` with
+    :math:`\langle A u, w\rangle = \langle u, A^\top w\rangle`."""
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    symmetric: bool = False
+
+    def tensors(self) -> Tensors:
+        """The effective weights, after any parametrization; ``{}`` if there are none."""
+        return {}
+
+    @abstractmethod
+    def forward(self, u: Tensor, t: Tensors | None = None) -> Tensor:
+        r""":math:`A u`."""
+
+    @abstractmethod
+    def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
+        r""":math:`A^\top w`."""
+
+    def add(self, acc: Tensor | None, u: Tensor, t: Tensors) -> Tensor:
+        """``acc + A u``, fused where that is cheaper."""
+        return self.forward(u, t) if acc is None else acc + self.forward(u, t)
+
+    def add_adjoint(self, acc: Tensor | None, w: Tensor, t: Tensors) -> Tensor:
+        """``acc + A^T w``, fused where that is cheaper."""
+        return self.adjoint(w, t) if acc is None else acc + self.adjoint(w, t)
+
+    def gradient(self, w: Tensor, u: Tensor, t: Tensors) -> Tensors:
+        r"""Gradient of :math:`\sum_b\langle w_b, A u_b\rangle` with respect to each of :meth:`tensors`."""
+        with torch.enable_grad():
+            leaf = {k: v.detach().requires_grad_() for k, v in t.items()}
+            value = (w.detach() * self.forward(u.detach(), leaf)).sum()
+        return dict(zip(leaf, torch.autograd.grad(value, list(leaf.values())), strict=True))
+
+    @torch.no_grad()
+    def norm(self, iterations: int = 50, generator: torch.Generator | None = None) -> float:
+        r"""Largest singular value by power iteration on :math:`A^\top A`.
+
+        Args:
+            iterations: number of applications of :math:`A^\top A`, at least 1.
+            generator: source of the start vector; seed 0 when None.
+        """
+        t = self.tensors()
+        like = next(iter(t.values()), torch.zeros(()))
+        generator = generator or torch.Generator(device=like.device).manual_seed(0)
+        v = torch.randn(1, *self.in_shape, generator=generator, dtype=like.dtype, device=like.device)
+        sigma = 0.0
+        for _ in range(iterations):
+            v = v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+            u = self.forward(v, t)
+            sigma = float(u.norm())
+            v = self.adjoint(u, t)
+        return sigma
+
+
+class IdentityOperator(Operator):
+    """The identity, e.g. for a spring between two nodes of one shape."""
+
+    symmetric = True
+
+    def __init__(self, shape: int | Sequence[int]) -> None:
+        super().__init__()
+        self.in_shape = self.out_shape = _shape(shape)
+
+    def forward(self, u: Tensor, t: Tensors | None = None) -> Tensor:
+        return u
+
+    def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
+        return w
+
+
+class Dense(Operator):
+    r"""A matrix acting on the last axis, or on all axes at once when a shape is given.
+
+    Args:
+        in_features: size of the last axis, or a shape such as ``(C, H, W)`` to be flattened.
+        out_features: likewise for the result.
+        symmetric: use :math:`(W + W^\top)/2`; needs equal sizes.
+        scale: standard deviation of the initial weights; :math:`1/\sqrt{\text{fan-in}}` times one half when None.
+        generator: source of the initial weights; torch's default generator when None.
+    """
+
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
+        symmetric: bool = False,
+        scale: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_shape, self.out_shape = _shape(in_features), _shape(out_features)
+        n_in, n_out = math.prod(self.in_shape), math.prod(self.out_shape)
+        if symmetric and n_in != n_out:
+            raise ConfigError(
+                f"Dense: expected equal sizes when symmetric, got {n_in} and {n_out}; set symmetric=False"
+            )
+        self.symmetric = symmetric
+        std = 0.5 / math.sqrt(n_in) if scale is None else scale
+        # symmetrising shrinks the off-diagonal deviation by sqrt(2); undo that
+        std = std * math.sqrt(2) if symmetric else std
+        self.weight = nn.Parameter(torch.randn(n_out, n_in, generator=generator) * std)
+
+    def tensors(self) -> Tensors:
+        w = self.weight
+        return {"weight": (w + w.T) / 2 if self.symmetric else w}
+
+    def _t(self, t: Tensors | None) -> Tensor:
+        return (self.tensors() if t is None else t)["weight"]
+
+    def forward(self, u: Tensor, t: Tensors | None = None) -> Tensor:
+        if len(self.in_shape) > 1:
+            u = u.flatten(1)
+        out = F.linear(u, self._t(t))
+        return out.unflatten(-1, self.out_shape) if len(self.out_shape) > 1 else out
+
+    def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
+        if len(self.out_shape) > 1:
+            w = w.flatten(1)
+        out = w @ self._t(t)
+        return out.unflatten(-1, self.in_shape) if len(self.in_shape) > 1 else out
+
+    def add(self, acc: Tensor | None, u: Tensor, t: Tensors) -> Tensor:
+        if acc is not None and acc.dim() == 2 and u.dim() == 2:
+            return torch.addmm(acc, u, t["weight"].T)
+        return super().add(acc, u, t)
+
+    def add_adjoint(self, acc: Tensor | None, w: Tensor, t: Tensors) -> Tensor:
+        if acc is not None and acc.dim() == 2 and w.dim() == 2:
+            return torch.addmm(acc, w, t["weight"])
+        return super().add_adjoint(acc, w, t)
+
+    def gradient(self, w: Tensor, u: Tensor, t: Tensors) -> Tensors:
+        n_out, n_in = t["weight"].shape
+        return {"weight": w.reshape(-1, n_out).T @ u.reshape(-1, n_in)}
+
+    def extra_repr(self) -> str:
+        return f"{self.in_shape} -> {self.out_shape}, symmetric={self.symmetric}"
+
+
+class Conv(Operator):
+    """A 2-d convolution, optionally followed by average pooling; both are linear, so the adjoint is exact.
+
+    Args:
+        in_shape: ``(C, H, W)`` of one example.
+        out_channels: number of filters.
+        kernel: size of the square kernel.
+        stride, padding: as in ``torch.nn.Conv2d``.
+        pool: side of non-overlapping average-pooling windows (1: none); rows that do not fill a window are dropped.
+        scale: standard deviation of the initial weights; half of :math:`1/\\sqrt{\\text{fan-in}}` when None.
+        generator: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        out_channels: int,
+        kernel: int = 3,
+        stride: int = 1,
+        padding: int = 0,
+        pool: int = 1,
+        scale: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if len(in_shape) != 3:
+            raise ConfigError(f"Conv: expected in_shape (C, H, W), got {tuple(in_shape)}; give channels, height, width")
+        self.in_shape = tuple(in_shape)
+        channels, *size = self.in_shape
+        self.stride, self.padding, self.pool = stride, padding, pool
+        conv = [(s + 2 * padding - kernel) // stride + 1 for s in size]
+        self.conv_size = (conv[0], conv[1])
+        pooled = [s // pool for s in conv]
+        if min(pooled) < 1:
+            raise ConfigError(
+                f"Conv: expected an input of at least {kernel + (pool - 1) * stride - 2 * padding} pixels a side, "
+                f"got {size}; use a smaller kernel or pool"
+            )
+        self.out_shape = (out_channels, pooled[0], pooled[1])
+        # what a transposed convolution must append so that its size is the input's again
+        self.output_padding = tuple(
+            s - ((c - 1) * stride - 2 * padding + kernel) for s, c in zip(size, conv, strict=True)
+        )
+        std = 0.5 / math.sqrt(channels * kernel * kernel) if scale is None else scale
+        self.weight = nn.Parameter(torch.randn(out_channels, channels, kernel, kernel, generator=generator) * std)
+
+    def tensors(self) -> Tensors:
+        return {"weight": self.weight}
+
+    def _t(self, t: Tensors | None) -> Tensor:
+        return (self.tensors() if t is None else t)["weight"]
+
+    def forward(self, u: Tensor, t: Tensors | None = None) -> Tensor:
+        out = F.conv2d(u, self._t(t), stride=self.stride, padding=self.padding)
+        return _average_pool(out, self.pool)
+
+    def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
+        return F.conv_transpose2d(
+            _spread(w, self.pool, self.conv_size),
+            self._t(t),
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=self.output_padding,
+        )
+
+    def gradient(self, w: Tensor, u: Tensor, t: Tensors) -> Tensors:
+        weight = t["weight"]
+        grad = torch.ops.aten.convolution_backward(
+            _spread(w, self.pool, self.conv_size), u, weight, None, [self.stride] * 2, [self.padding] * 2,
+            [1, 1], False, [0, 0], 1, [False, True, False],
+        )[1]  # fmt: skip
+        return {"weight": grad}
+
+    def extra_repr(self) -> str:
+        return f"{self.in_shape} -> {self.out_shape}, stride={self.stride}, pool={self.pool}"
+
+
+class Resample(Operator):
+    """Average over windows of ``factor`` along the last ``len(axes)`` axes (down), or its adjoint (up) on a pyramid.
+
+    Args:
+        in_shape: shape of one example's fine grid.
+        factor: window size; every resampled axis must be divisible by it.
+        dims: how many of the last axes are resampled.
+    """
+
+    def __init__(self, in_shape: Sequence[int], factor: int = 2, dims: int = 2) -> None:
+        super().__init__()
+        self.in_shape = tuple(in_shape)
+        self.factor, self.dims = factor, dims
+        if factor < 1 or dims < 1 or dims > len(self.in_shape):
+            raise ConfigError(
+                f"Resample: expected factor >= 1 and 1 <= dims <= {len(self.in_shape)}, got {factor}, {dims}"
+            )
+        head, tail = self.in_shape[: len(self.in_shape) - dims], self.in_shape[len(self.in_shape) - dims :]
+        if any(s % factor for s in tail):
+            raise ConfigError(f"Resample: expected sizes divisible by {factor}, got {tail}; pad the input")
+        self.out_shape = (*head, *(s // factor for s in tail))
+
+    def forward(self, u: Tensor, t: Tensors | None = None) -> Tensor:
+        for axis in range(-self.dims, 0):
+            u = u.unflatten(axis, (-1, self.factor)).mean(axis)
+        return u
+
+    def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
+        for axis in range(-self.dims, 0):
+            w = w.repeat_interleave(self.factor, axis)
+        return w / self.factor**self.dims
+
+
+class Circulant(Operator):
+    """Circular convolution along the last axis, in O(n log n) by FFT.
+
+    Args:
+        features: size n of the last axis.
+        symmetric: use the even part of the kernel, so that the operator is its own adjoint.
+        scale: standard deviation of the initial kernel; half of :math:`1/\\sqrt n` when None.
+        generator: source of the initial kernel.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        symmetric: bool = False,
+        scale: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_shape = self.out_shape = (features,)
+        self.symmetric = symmetric
+        std = 0.5 / math.sqrt(features) if scale is None else scale
+        self.kernel = nn.Parameter(torch.randn(features, generator=generator) * std)
+
+    def tensors(self) -> Tensors:
+        k = self.kernel
+        return {"kernel": (k + k.flip(0).roll(1)) / 2 if self.symmetric else k}
+
+    def _convolve(self, u: Tensor, t: Tensors | None, conjugate: bool) -> Tensor:
+        kernel = (self.tensors() if t is None else t)["kernel"]
+        spectrum = torch.fft.fft(kernel)
+        if conjugate:
+            # the index-reversed kernel rather than conj(): the same for real kernels, and analytic for complex ones
+            spectrum = torch.fft.fft(kernel.flip(-1).roll(1))
+        out = torch.fft.ifft(torch.fft.fft(u) * spectrum)
+        return out if u.is_complex() else out.real
+
+    def forward(self, u: Tensor, t: Tensors | None = None) -> Tensor:
+        return self._convolve(u, t, conjugate=False)
+
+    def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
+        return self._convolve(w, t, conjugate=True)
+
+
+def _average_pool(x: Tensor, pool: int) -> Tensor:
+    if pool == 1:
+        return x
+    if not x.is_complex():
+        return F.avg_pool2d(x, pool)
+    return torch.complex(F.avg_pool2d(x.real, pool), F.avg_pool2d(x.imag, pool))
+
+
+def _spread(w: Tensor, pool: int, size: tuple[int, int]) -> Tensor:
+    """Adjoint of average pooling, with zeros where pooling dropped rows or columns."""
+    if pool == 1:
+        return w
+    w = (w / pool**2).repeat_interleave(pool, -1).repeat_interleave(pool, -2)
+    return F.pad(w, (0, size[1] - w.shape[-1], 0, size[0] - w.shape[-2]))

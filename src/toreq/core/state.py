@@ -1,0 +1,146 @@
+"""States of a network, and the tensors that a relaxation is bound to.
+
+A *state* maps node names to tensors of shape ``(B, *node_shape)``. What depends on the input and the weights only
+(drives, effective weights, gates) is computed once per relaxation and kept in a :class:`Bound`, one per component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Tensors that one component (a coupling or an activation) needs during a relaxation.
+
+    Args:
+        shared: tensors without a batch axis, e.g. an effective weight ``(out, in)``.
+        batched: tensors whose first axis is the batch, e.g. a drive ``(B, N, D)``.
+    """
+
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    batched: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.shared[key] if key in self.shared else self.batched[key]
+
+    def map(self, shared: Callable[[Tensor], Tensor], batched: Callable[[Tensor], Tensor]) -> Bound:
+        """Apply one function to every shared tensor and another to every batched one."""
+        return Bound({k: shared(v) for k, v in self.shared.items()}, {k: batched(v) for k, v in self.batched.items()})
+
+
+Bindings = dict[str, Bound]
+"""Component name -> what that component is bound to."""
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
+
+
+def leaves(bindings: Bindings) -> list[Tensor]:
+    """All bound tensors in a fixed order (components in order, shared before batched)."""
+    return [t for b in bindings.values() for group in (b.shared, b.batched) for t in group.values()]
+
+
+def with_leaves(bindings: Bindings, new: Iterable[Tensor]) -> Bindings:
+    """The same structure with other tensors, in the order of :func:`leaves`."""
+    it = iter(new)
+    return {
+        name: Bound({k: next(it) for k in b.shared}, {k: next(it) for k in b.batched}) for name, b in bindings.items()
+    }
+
+
+def detached(bindings: Bindings) -> Bindings:
+    """The same tensors outside of any graph."""
+    return {name: b.map(torch.Tensor.detach, torch.Tensor.detach) for name, b in bindings.items()}
+
+
+def repeated(bindings: Bindings, times: int) -> Bindings:
+    """The batch stacked ``times`` times along its first axis: ``(B, ...) -> (times * B, ...)``."""
+    return {name: b.map(_same, lambda t: torch.cat([t] * times)) for name, b in bindings.items()}
+
+
+def selected(bindings: Bindings, index: Tensor) -> Bindings:
+    """The examples ``index`` (int64, ``(b,)``) of the batch."""
+    return {name: b.map(_same, lambda t: t.index_select(0, index)) for name, b in bindings.items()}
+
+
+def cast(bindings: Bindings, dtype: torch.dtype) -> Bindings:
+    """Every floating or complex tensor in another dtype; integer and boolean tensors as they are."""
+
+    def to(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() or t.is_complex() else t
+
+    return {name: b.map(to, to) for name, b in bindings.items()}
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product per example, without conjugation: ``(B, ...), (B, ...) -> (B,)``."""
+    return (a * b).flatten(1).sum(1)
+
+
+def sum_squares(state: State) -> Tensor:
+    """Squared Euclidean norm per example over all nodes: ``(B,)``, real."""
+    total: Tensor | None = None
+    for t in state.values():
+        flat = t.flatten(1)
+        n = torch.linalg.vector_norm(flat, dim=1).square()
+        total = n if total is None else total + n
+    if total is None:
+        raise ValueError("sum_squares: expected at least one node, got an empty state; give the network a node")
+    return total
+
+
+def norm(state: State) -> Tensor:
+    """Euclidean norm per example over all nodes: ``(B,)``, real."""
+    return sum_squares(state).sqrt()
+
+
+def per_example(weight: Tensor, like: Tensor) -> Tensor:
+    """A ``(B,)`` vector reshaped to multiply a ``(B, ...)`` tensor."""
+    return weight.view(-1, *([1] * (like.dim() - 1)))
+
+
+def scaled(state: State, weight: Tensor) -> State:
+    """Every node times one number per example."""
+    return {k: t * per_example(weight, t) for k, t in state.items()}
+
+
+def added(a: State, b: State) -> State:
+    """Node by node sum; a node missing on one side counts as zero there."""
+    out = dict(a)
+    for k, t in b.items():
+        out[k] = out[k] + t if k in out else t
+    return out
+
+
+def stacked(*states: State) -> State:
+    """States of the same nodes put into one larger batch."""
+    return {k: torch.cat([s[k] for s in states]) for k in states[0]}
+
+
+def take(state: State, index: Tensor) -> State:
+    """The examples ``index`` of every node."""
+    return {k: t.index_select(0, index) for k, t in state.items()}
+
+
+def halves(state: State) -> tuple[State, State]:
+    """The first and the second half of a stacked batch."""
+    size = next(iter(state.values())).shape[0] // 2
+    return {k: t[:size] for k, t in state.items()}, {k: t[size:] for k, t in state.items()}
+
+
+def difference(a: State, b: State) -> State:
+    """Node by node ``a - b``."""
+    return {k: t - b[k] for k, t in a.items()}
+
+
+def mean(a: State, b: State) -> State:
+    """Node by node ``(a + b) / 2``."""
+    return {k: torch.lerp(t, b[k], 0.5) for k, t in a.items()}

@@ -1,0 +1,43 @@
+"""Estimators: how a contrast of equilibria becomes a gradient."""
+
+from toreq.core.energy import Dynamics
+from toreq.estimators.base import Contrastive, Estimate, Estimator, Statistics, Support
+from toreq.estimators.equilibrium_propagation import Centered, Holomorphic, OneSided
+from toreq.estimators.implicit import Implicit
+from toreq.estimators.nonconservative import NonConservative
+from toreq.estimators.predictive import Predictive
+from toreq.estimators.unrolled import Unrolled
+
+REGISTRY: dict[str, type[Estimator]] = {
+    e.name: e for e in (OneSided, Centered, Holomorphic, NonConservative, Predictive, Implicit, Unrolled)
+}
+
+
+def names() -> list[str]:
+    """Names that ``create(..., estimator=name)`` accepts."""
+    return sorted(REGISTRY)
+
+
+def all_for(dynamics: Dynamics) -> list[tuple[str, Estimator]]:
+    """The shipped estimators, at their shipped settings, that support a network."""
+    shipped = [(name, kind()) for name, kind in REGISTRY.items()]
+    return [(name, e) for name, e in shipped if e.supports(dynamics)]
+
+
+__all__ = [
+    "REGISTRY",
+    "Centered",
+    "Contrastive",
+    "Estimate",
+    "Estimator",
+    "Holomorphic",
+    "Implicit",
+    "NonConservative",
+    "OneSided",
+    "Predictive",
+    "Statistics",
+    "Support",
+    "Unrolled",
+    "all_for",
+    "names",
+]

@@ -1,0 +1,213 @@
+"""What every gradient estimator shares: nudges, the size of beta, and the statistics of the nudged phase."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from toreq.core.energy import Dynamics, Energy
+from toreq.core.state import Bindings, State, norm, scaled
+from toreq.solvers.base import Measure, Relaxation, Solution, Solver, require
+
+Cost = Callable[[State], Tensor]
+"""Maps the read-out state to a cost per example, ``(B,)``."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether an estimator can be used with a network, and if not, why."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one phase did, example by example; all tensors ``(B,)`` and detached.
+
+    ``asym`` (:math:`\\|h^+ + h^- - 2h^0\\|/\\|h^+ - h^-\\|`), ``beta``, ``response``
+    (:math:`\\|h^+ - h^-\\|/2\\|h^0\\|`) and ``halvings`` belong to nudged phases and are None elsewhere.
+    """
+
+    steps: Tensor
+    residual: Tensor
+    converged: Tensor
+    asym: Tensor | None = None
+    beta: Tensor | None = None
+    response: Tensor | None = None
+    halvings: int = 0
+
+    @staticmethod
+    def of(solution: Solution) -> Statistics:
+        """The statistics of a solution."""
+        return Statistics(solution.steps.detach(), solution.residual.detach(), solution.converged.detach())
+
+
+class Nudge(ABC):
+    """The force that pulls a network towards lower cost."""
+
+    constant: bool
+
+    @abstractmethod
+    def cotangent(self, h: State) -> State:
+        r""":math:`v = \partial C/\partial h` at ``h``; nodes that C does not read are missing."""
+
+
+class LinearNudge(Nudge):
+    """A linear cost :math:`C(h) = \\langle v, h\\rangle`, v being what backward received."""
+
+    constant = True
+
+    def __init__(self, v: State) -> None:
+        self.v = v
+
+    def cotangent(self, h: State) -> State:
+        return self.v
+
+
+class CostNudge(Nudge):
+    """A cost evaluated at the moving state, as in the papers' nudged phases."""
+
+    constant = False
+
+    def __init__(self, cost: Cost, readout: tuple[str, ...]) -> None:
+        self.cost, self.readout = cost, readout
+
+    def cotangent(self, h: State) -> State:
+        size = next(iter(h.values())).shape[0]
+        with torch.enable_grad():
+            out = {n: h[n].detach().requires_grad_() for n in self.readout}
+            c = self.cost(out)
+            if c.shape != (size,):
+                raise ValueError(
+                    f"CostNudge: expected one cost per example, shape {(size,)}, got {tuple(c.shape)}; "
+                    "do not reduce over the batch"
+                )
+            grads = torch.autograd.grad(c.sum(), list(out.values()), materialize_grads=True)
+        return dict(zip(out, grads, strict=True))
+
+
+@dataclass(frozen=True)
+class FreePhase:
+    """A settled free phase: what an estimator starts from. All tensors are detached."""
+
+    dynamics: Dynamics
+    bindings: Bindings
+    solver: Solver
+    a: State
+    h: State
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Gradients for each bound tensor (None where there is none), the phase's statistics, and its solution."""
+
+    gradients: list[Tensor | None]
+    statistics: Statistics
+    solution: Solution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimator(ABC):
+    """Turns a cost's cotangent at equilibrium into gradients of the bound tensors."""
+
+    name: ClassVar[str]
+    unrolls: ClassVar[bool] = False
+
+    @abstractmethod
+    def supports(self, dynamics: Dynamics) -> Support:
+        """Whether gradients are right for this network, or why not."""
+
+    @abstractmethod
+    def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
+        """Run what the estimator needs and return the gradients of the cost."""
+
+
+NudgeMode = Literal["relative", "absolute", "cost"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrastive(Estimator):
+    r"""Estimators that compare nudged equilibria.
+
+    Args:
+        beta: the nudge's size, above 0. With ``nudge="relative"`` (default) it is the aimed response
+            :math:`\|h^+ - h^-\|/2\|h^0\|` of each example, and the nudge is scaled to give about that; with
+            ``"absolute"``
+            the force is :math:`\mp\beta v` with v as received (a mean-reduced loss puts 1/B into v); with ``"cost"``
+            the force is :math:`\mp\beta\,\partial C/\partial h` of a cost per example at the moving state, for
+            :meth:`toreq.Equilibrium.loss`.
+        tolerance: relative residual of the nudged phase, measured against the response itself.
+        max_steps: most steps of the nudged phase; the solver's own limit when None.
+        asym_limit: asymmetry above which an example's beta is halved.
+        max_halvings: how often; 0 keeps beta whatever the asymmetry.
+    """
+
+    beta: float = 0.01
+    nudge: NudgeMode = "relative"
+    tolerance: float = 1e-3
+    max_steps: int | None = None
+    asym_limit: float = 0.1
+    max_halvings: int = 2
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        high = 0.5 if self.nudge == "relative" else 1e6
+        require(
+            where,
+            "beta",
+            self.beta,
+            0 < self.beta <= high,
+            f"in (0, {high}] with nudge={self.nudge!r}",
+            "try 0.01",
+        )
+        modes = ("relative", "absolute", "cost")
+        require(where, "nudge", self.nudge, self.nudge in modes, f"one of {modes}", "choose one")
+        require(where, "tolerance", self.tolerance, 0 <= self.tolerance < 1, "in [0, 1)", "try 1e-3")
+        steps_ok = self.max_steps is None or self.max_steps >= 1
+        require(where, "max_steps", self.max_steps, steps_ok, "None or >= 1", "leave it None")
+        require(where, "asym_limit", self.asym_limit, self.asym_limit > 0, "> 0", "try 0.1")
+        require(where, "max_halvings", self.max_halvings, self.max_halvings >= 0, ">= 0", "try 2")
+
+    def supports(self, dynamics: Dynamics) -> Support:
+        if not isinstance(dynamics, Energy):
+            return Support(
+                False,
+                f"{type(self).__name__} contrasts an energy, and {type(dynamics).__name__} has none; use "
+                f"NonConservative, "
+                "Implicit or Unrolled",
+            )
+        return Support(True)
+
+    def betas(self, free: FreePhase, v: State) -> Tensor:
+        """Beta of each example, ``(B,)``, always above 0."""
+        first = next(iter(free.a.values()))
+        if self.nudge != "relative":
+            return torch.full((first.shape[0],), self.beta, dtype=first.dtype, device=first.device)
+        # the response to first order, before the couplings spread it
+        direct = norm(free.dynamics.derivative(free.a, free.h, v, free.bindings))
+        # where no unit can respond at once (all saturated) the cotangent itself sets the scale
+        direct = torch.where(direct > 0, direct, norm(v))
+        beta = self.beta * norm(free.h) / direct
+        return torch.where(torch.isfinite(beta) & (beta > 0), beta, torch.ones_like(beta))
+
+    def relax(self, problem: Relaxation, start: State, free: FreePhase, measure: Measure, record: bool) -> Solution:
+        """The nudged phase: the free phase's solver with this estimator's tolerance."""
+        steps = free.solver.max_steps if self.max_steps is None else self.max_steps
+        solver = replace(free.solver, tolerance=self.tolerance, max_steps=steps)
+        return solver.solve(problem, start, measure, record=record)
+
+    @staticmethod
+    def force(nudge: Nudge, h: State, signed_beta: Tensor) -> tuple[State | None, Callable[[State], State] | None]:
+        """The nudge as a constant force or as a function of the state, whichever it is."""
+        if nudge.constant:
+            return scaled(nudge.cotangent(h), -signed_beta), None
+        return None, lambda state: scaled(nudge.cotangent(state), -signed_beta)

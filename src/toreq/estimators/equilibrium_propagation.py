@@ -1,0 +1,272 @@
+"""Contrasts of nudged equilibria of an energy: one-sided, centered and holomorphic Equilibrium Propagation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from toreq.core.energy import Dynamics, Energy
+from toreq.core.state import (
+    Bindings,
+    State,
+    cast,
+    difference,
+    halves,
+    leaves,
+    norm,
+    repeated,
+    scaled,
+    selected,
+    stacked,
+    take,
+    with_leaves,
+)
+from toreq.estimators.base import (
+    Contrastive,
+    CostNudge,
+    Estimate,
+    FreePhase,
+    LinearNudge,
+    Nudge,
+    Statistics,
+    Support,
+)
+from toreq.solvers.base import Relaxation, Solution, displacement_from, pair_difference, require
+
+
+def _energy(free: FreePhase) -> Energy:
+    assert isinstance(free.dynamics, Energy)
+    return free.dynamics
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneSided(Contrastive):
+    r"""One nudged phase (Scellier and Bengio 2017):
+    :math:`\tfrac1\beta[\partial_\theta E(h^\beta) - \partial_\theta E(h^0)]`, error :math:`O(\beta)`.
+
+    The free phase's own residual enters the contrast: settle it well below beta. There is no asymmetry to measure.
+    """
+
+    name: ClassVar[str] = "onesided"
+
+    def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
+        energy = _energy(free)
+        v = nudge.cotangent(free.h)
+        beta = self.betas(free, v)
+        force, extra = self.force(nudge, free.h, beta)
+        problem = Relaxation(energy, free.bindings, force, extra)
+        solution = self.relax(problem, free.a, free, displacement_from(free.a), record)
+        gradients = energy.contrast((solution.state, solution.h), (free.a, free.h), 1 / beta, free.bindings)
+        response = norm(difference(solution.h, free.h)) / norm(free.h).clamp_min(1e-30)
+        return Estimate(gradients, replace(Statistics.of(solution), beta=beta, response=response), solution)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Centered(Contrastive):
+    r"""Two nudged phases of opposite sign (Laborieux et al. 2021):
+    :math:`\tfrac1{2\beta}[\partial_\theta E(h^{\beta}) - \partial_\theta E(h^{-\beta})]`, error :math:`O(\beta^2)`.
+
+    Both phases run as one batch of 2B from the free equilibrium and stop when their difference has settled. A unit that
+    crosses a kink costs the second order. Where :math:`\|h^+ + h^- - 2h^0\|/\|h^+ - h^-\|` exceeds ``asym_limit``, that
+    example is run again at half its beta, and keeps the run of smaller asymmetry.
+    """
+
+    name: ClassVar[str] = "centered"
+
+    def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
+        beta = self.betas(free, nudge.cotangent(free.h))
+        solution = self._pair(free, nudge, beta, record)
+        asym = _asymmetry(solution.h, free.h)
+        halvings = 0
+        while halvings < self.max_halvings and nudge.constant:
+            worst = (asym > self.asym_limit).nonzero().flatten()
+            if worst.numel() == 0:
+                break
+            halvings += 1
+            trial = beta.index_copy(0, worst, beta[worst] / 2)
+            part = FreePhase(
+                free.dynamics,
+                selected(free.bindings, worst),
+                free.solver,
+                take(free.a, worst),
+                take(free.h, worst),
+            )
+            again = self._pair(part, _selected_nudge(nudge, free.h, worst), trial[worst], False)
+            lower = _asymmetry(again.h, part.h)
+            better = lower < asym[worst]
+            beta = torch.where(torch.zeros_like(asym, dtype=torch.bool).index_copy(0, worst, better), trial, beta)
+            solution = _merged(solution, again, worst[better], better)
+            asym = asym.index_copy(0, worst, torch.minimum(lower, asym[worst]))
+            if not bool(better.any()):
+                break
+        (a1, a2), (h1, h2) = halves(solution.state), halves(solution.h)
+        gradients = _energy(free).contrast((a1, h1), (a2, h2), 0.5 / beta, free.bindings)
+        size = beta.shape[0]
+        response = norm(difference(h1, h2)) / (2 * norm(free.h)).clamp_min(1e-30)
+        statistics = Statistics(
+            torch.maximum(solution.steps[:size], solution.steps[size:]),
+            torch.maximum(solution.residual[:size], solution.residual[size:]),
+            solution.converged[:size] & solution.converged[size:],
+            asym,
+            beta,
+            response,
+            halvings,
+        )
+        return Estimate(gradients, statistics, solution)
+
+    def _pair(self, free: FreePhase, nudge: Nudge, beta: Tensor, record: bool) -> Solution:
+        twice: Nudge = nudge
+        if isinstance(nudge, LinearNudge):
+            twice = LinearNudge(stacked(nudge.v, nudge.v))
+        elif isinstance(nudge, CostNudge):
+            twice = _TwiceCost(nudge)
+        both = stacked(free.a, free.a)
+        force, extra = self.force(twice, stacked(free.h, free.h), torch.cat([beta, -beta]))
+        problem = Relaxation(free.dynamics, repeated(free.bindings, 2), force, extra)
+        return self.relax(problem, both, free, pair_difference, record)
+
+
+class _TwiceCost(Nudge):
+    """A cost on a stacked batch: the cost only knows the B examples, so it is asked for each half."""
+
+    constant = False
+
+    def __init__(self, inner: CostNudge) -> None:
+        self.inner = inner
+
+    def cotangent(self, h: State) -> State:
+        first, second = halves(h)
+        return stacked(self.inner.cotangent(first), self.inner.cotangent(second))
+
+
+def _selected_nudge(nudge: Nudge, h: State, index: Tensor) -> LinearNudge:
+    return LinearNudge(take(nudge.cotangent(h), index))
+
+
+def _asymmetry(h: State, h0: State) -> Tensor:
+    plus, minus = halves(h)
+    tiny = torch.finfo(next(iter(h0.values())).dtype).tiny
+    even = norm({n: (t - h0[n]) + (minus[n] - h0[n]) for n, t in plus.items()})
+    odd = norm(difference(plus, minus))
+    # no response at all (zero cotangent): nothing to be asymmetric about
+    return torch.where(odd > 0, even / odd.clamp_min(tiny), torch.zeros_like(odd))
+
+
+def _merged(old: Solution, new: Solution, index: Tensor, keep: Tensor) -> Solution:
+    size, part = old.steps.shape[0] // 2, new.steps.shape[0] // 2
+    kept = keep.nonzero().flatten()
+    source, target = torch.cat([kept, kept + part]), torch.cat([index, index + size])
+
+    def put(a: Tensor, b: Tensor) -> Tensor:
+        return a.index_copy(0, target, b[source])
+
+    return Solution(
+        {n: put(t, new.state[n]) for n, t in old.state.items()},
+        {n: put(t, new.h[n]) for n, t in old.h.items()},
+        old.steps.index_add(0, torch.cat([index, index + size]), new.steps[source]),
+        put(old.residual, new.residual),
+        put(old.converged, new.converged),
+        old.trace,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holomorphic(Contrastive):
+    r"""Cauchy's formula over complex nudges (Laborieux and Zenke 2022), error :math:`O(r^M)`.
+
+    .. math:: \partial_\beta\partial_\theta E|_0 \approx \frac1M\sum_k\frac{\partial_\theta E(h^{\beta_k})}{\beta_k},
+              \quad \beta_k = r\,e^{i\pi(2k+1)/M}
+
+    Points come in conjugate pairs, of which only one each is relaxed. Needs analytic activations and couplings.
+
+    Args:
+        beta: the radius r; the relative response of each example with ``nudge="relative"``.
+        points: M, even and at least 2.
+    """
+
+    name: ClassVar[str] = "holomorphic"
+    beta: float = 0.02
+    points: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            "Holomorphic",
+            "points",
+            self.points,
+            self.points >= 2 and self.points % 2 == 0,
+            "even and >= 2",
+            "try 4",
+        )
+        require(
+            "Holomorphic",
+            "nudge",
+            self.nudge,
+            self.nudge != "cost",
+            "'relative' or 'absolute'",
+            "a cost is not analytic",
+        )
+
+    def supports(self, dynamics: Dynamics) -> Support:
+        base = super().supports(dynamics)
+        if not base or not isinstance(dynamics, Energy):
+            return base
+        kinked = [n for n in dynamics.names if not dynamics.activation(n).analytic]
+        if kinked:
+            return Support(
+                False,
+                f"Holomorphic needs analytic activations, and {kinked} have kinks; use tanh or Centered",
+            )
+        terms = [type(c).__name__ for _, c in dynamics.terms() if not c.analytic]
+        if terms:
+            return Support(False, f"Holomorphic needs analytic couplings, and {terms} are not; use Centered")
+        return Support(True)
+
+    def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
+        energy = _energy(free)
+        v = nudge.cotangent(free.h)
+        radius = self.betas(free, v)
+        real = radius.dtype
+        wide = torch.complex128 if real == torch.float64 else torch.complex64
+        count = self.points // 2
+        angles = torch.arange(count, dtype=torch.float64) * (2 * math.pi / self.points) + math.pi / self.points
+        unit = torch.polar(torch.ones_like(angles), angles).to(dtype=wide, device=radius.device)
+        beta = (unit[:, None] * radius.to(wide)).flatten()
+        start = {n: torch.cat([t] * count).to(wide) for n, t in free.a.items()}
+        force = scaled({n: torch.cat([t] * count).to(wide) for n, t in v.items()}, -beta)
+        problem = Relaxation(energy, cast(repeated(free.bindings, count), wide), force)
+        solution = self.relax(problem, start, free, displacement_from(start), record)
+        gradients = self._cauchy(energy, solution, 2 / (self.points * beta), free.bindings, count, wide)
+        size = radius.shape[0]
+
+        def fold(t: Tensor) -> Tensor:
+            return t.view(count, size)
+
+        statistics = Statistics(
+            fold(solution.steps).amax(0),
+            fold(solution.residual).amax(0),
+            fold(solution.converged).all(0),
+            beta=radius,
+        )
+        return Estimate(gradients, statistics, solution)
+
+    @staticmethod
+    def _cauchy(
+        energy: Energy, solution: Solution, weight: Tensor, bindings: Bindings, count: int, wide: torch.dtype
+    ) -> list[Tensor | None]:
+        flat = [t.detach() for t in leaves(bindings)]
+        flat = [t.requires_grad_() if t.is_floating_point() else t for t in flat]
+        with torch.enable_grad():
+            bound = cast(repeated(with_leaves(bindings, flat), count), wide)
+            part = energy.coupling(solution.h, bound)
+            for n in energy.names:
+                if bound[f"node_{n}"].shared:
+                    part = part + energy.activation(n).potential(solution.state[n], bound[f"node_{n}"])
+            total = -(weight * part).real.sum()
+        wanted = [t for t in flat if t.requires_grad]
+        grads = iter(torch.autograd.grad(total, wanted, allow_unused=True))
+        return [next(grads) if t.requires_grad else None for t in flat]

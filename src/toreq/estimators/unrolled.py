@@ -1,0 +1,39 @@
+"""Backpropagation through the relaxation: the memory-hungry reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from toreq.core.energy import Dynamics
+from toreq.estimators.base import Estimate, Estimator, FreePhase, Nudge, Support
+from toreq.solvers.base import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unrolled(Estimator):
+    """Autograd through the loop (BPTT): exact for the loop as run, memory grows with its steps.
+
+    The forward relaxation itself is recorded, so double backward works. Fixed-point solvers only.
+
+    Args:
+        steps: run exactly this many; the solver's own stopping rule when None.
+    """
+
+    name: ClassVar[str] = "unrolled"
+    unrolls: ClassVar[bool] = True
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        ok = self.steps is None or self.steps >= 1
+        require("Unrolled", "steps", self.steps, ok, "None or an integer >= 1", "try 30")
+
+    def supports(self, dynamics: Dynamics) -> Support:
+        return Support(True)
+
+    def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
+        raise RuntimeError(
+            "Unrolled.estimate: expected the recorded forward loop to be differentiated, got a request for a "
+            "nudged phase; "
+            "Unrolled has none: call backward() on the loss, or choose Centered"
+        )

@@ -1,0 +1,359 @@
+"""The equilibrium layer: an ``nn.Module`` whose forward settles and whose backward runs an estimator."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from toreq.core.couplings import SelfCoupling
+from toreq.core.energy import Dynamics, Energy, VectorField
+from toreq.core.nodes import Identity, Node
+from toreq.core.residual import Residual
+from toreq.core.spectral import relaxation_radius
+from toreq.core.state import Bindings, State, detached, leaves
+from toreq.errors import ConfigError, ConvergenceWarning, DivergenceError
+from toreq.estimators import Centered, Estimator, NonConservative, Predictive, Statistics, Unrolled
+from toreq.estimators.base import Cost, FreePhase, LinearNudge
+from toreq.settle import Settle, full_precision
+from toreq.solvers import Anderson, Fading, FixedPoint, Relaxation, Solution, Solver, Step
+
+
+@dataclass
+class Last:
+    """Statistics of the latest free and nudged phase; None before the first."""
+
+    free: Statistics | None = None
+    nudged: Statistics | None = None
+
+
+class Equilibrium(nn.Module):
+    r"""A network that settles, as a layer.
+
+    ``forward(x)`` returns the read-out nodes' activations at the equilibrium :math:`a^* = f(\sigma(a^*); x)`. No
+    graph is
+    stored through the relaxation; ``backward`` runs the estimator with the cotangent it receives as a linear cost,
+    so any
+    loss and any head work.
+
+    Args:
+        dynamics: an :class:`~toreq.core.Energy` or :class:`~toreq.core.VectorField`.
+        solver: how to settle; undamped fixed-point iteration when None.
+        estimator: how to learn; ``Centered`` for energies, ``Predictive`` for pure prediction-error energies,
+            ``NonConservative`` for vector fields when None.
+        readout: name of the read-out node (forward then returns a tensor), or several (a dictionary); the last
+            node when
+            None.
+        warn: whether unsettled examples raise a :class:`~toreq.errors.ConvergenceWarning`.
+
+    Raises:
+        ConfigError: for an unknown read-out, or an estimator that does not support the dynamics (with the reason).
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        solver: Solver | None = None,
+        estimator: Estimator | None = None,
+        readout: str | Sequence[str] | None = None,
+        warn: bool = True,
+    ) -> None:
+        super().__init__()
+        solver = FixedPoint() if solver is None else solver
+        self.dynamics = _with_self_coupling(dynamics, solver)
+        self._solver = solver
+        self._estimator = self._checked(_default_estimator(dynamics) if estimator is None else estimator)
+        readout = dynamics.names[-1] if readout is None else readout
+        self.readout = (readout,) if isinstance(readout, str) else tuple(readout)
+        self.single = isinstance(readout, str)
+        for name in self.readout:
+            if name not in dynamics.shapes:
+                raise ConfigError(
+                    f"Equilibrium: expected a read-out among {list(dynamics.shapes)}, got {name!r}; name a node"
+                )
+        self.warn = warn
+        self.last = Last()
+
+    def _checked(self, estimator: Estimator) -> Estimator:
+        support = estimator.supports(self.dynamics)
+        if not support:
+            raise ConfigError(f"Equilibrium: expected an estimator that supports this network; {support.reason}")
+        if estimator.unrolls and isinstance(self._solver, Anderson):
+            raise ConfigError(
+                "Equilibrium: expected a fixed-point solver with Unrolled, got Anderson; pass solver=FixedPoint()"
+            )
+        return estimator
+
+    @property
+    def estimator(self) -> Estimator:
+        """The gradient estimator; assigning one that does not support the network is refused."""
+        return self._estimator
+
+    @estimator.setter
+    def estimator(self, value: Estimator) -> None:
+        self._estimator = self._checked(value)
+
+    @property
+    def solver(self) -> Solver:
+        """The solver; assigning one that adds another self-coupling (a recurrent torus) is refused."""
+        return self._solver
+
+    @solver.setter
+    def solver(self, value: Solver) -> None:
+        if value.self_coupling() != self._solver.self_coupling():
+            raise ConfigError(
+                "Equilibrium: expected a solver with the same self-coupling, got another recurrent torus, which "
+                "changes "
+                "the energy; build a new layer"
+            )
+        old, self._solver = self._solver, value
+        try:
+            self._checked(self._estimator)
+        except ConfigError:
+            self._solver = old
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        # statistics belong to a process's latest batch; a pickled or copied layer starts without
+        return {**self.__dict__, "last": Last()}
+
+    def extra_repr(self) -> str:
+        return f"readout={list(self.readout)}, solver={self._solver}, estimator={self._estimator}"
+
+    def forward(self, x: Any) -> Any:
+        """Settle and read out.
+
+        Args:
+            x: input, batch first.
+
+        Returns:
+            The read-out node ``(B, *shape)``, or a dictionary of several.
+
+        Raises:
+            DivergenceError: when an example's state is no longer finite.
+        """
+        return self._run(x, None)
+
+    def loss(self, x: Any, cost: Cost) -> Tensor:
+        r"""Mean cost at equilibrium, its backward nudged by the cost itself: :math:`-\beta\,\partial C/\partial h`
+        at the
+        moving state, as the papers do when the estimator has ``nudge="cost"``.
+
+        Args:
+            x: input, batch first.
+            cost: maps the read-out state (a dictionary) to a cost per example ``(B,)``.
+        """
+        return self._run(x, cost)
+
+    def _run(self, x: Any, cost: Cost | None) -> Any:
+        bindings = self.dynamics.bind(x)
+        flat = leaves(bindings)
+        if isinstance(self._estimator, Unrolled):
+            out = self._unrolled(bindings, self._estimator)
+            return self._cost_of(out, cost).mean() if cost else self._shape(out)
+        if getattr(self._estimator, "nudge", None) == "cost" and cost is None and torch.is_grad_enabled():
+            raise ConfigError(
+                "Equilibrium: expected loss(x, cost) with nudge='cost', got forward(x); a cotangent alone is a "
+                "linear cost: "
+                "call layer.loss, or choose nudge='relative'"
+            )
+        if torch.is_grad_enabled() and any(t.requires_grad for t in flat):
+            result = Settle.apply(self, bindings, cost, *flat)
+            return result if cost else self._shape(dict(zip(self.readout, result, strict=True)))
+        with torch.no_grad():
+            free = self._free(detached(bindings))
+            out = {n: free.h[n] for n in self.readout}
+            return self._cost_of(out, cost).mean() if cost else self._shape(out)
+
+    def _shape(self, out: State) -> Any:
+        return out[self.readout[0]] if self.single else out
+
+    @staticmethod
+    def _cost_of(out: State, cost: Cost) -> Tensor:
+        value = cost(out)
+        size = next(iter(out.values())).shape[0]
+        if value.shape != (size,):
+            raise ConfigError(
+                f"Equilibrium.loss: expected one cost per example, shape {(size,)}, got {tuple(value.shape)}; "
+                "do not reduce over the batch"
+            )
+        return value
+
+    def _unrolled(self, bindings: Bindings, estimator: Unrolled) -> State:
+        solver = self._solver
+        if estimator.steps is not None:
+            solver = replace(solver, max_steps=estimator.steps, tolerance=0.0)
+        with full_precision(bindings):
+            problem = Relaxation(self.dynamics, bindings, as_map=True)
+            solution = solver.solve(problem, self.dynamics.initial(bindings))
+        self._note(solution, "free", expected=estimator.steps is None)
+        return {n: solution.h[n] for n in self.readout}
+
+    def _free(
+        self,
+        bindings: Bindings,
+        record: bool | str = False,
+        callback: Callable[[Step], None] | None = None,
+    ) -> Solution:
+        with torch.no_grad(), full_precision(bindings):
+            start = self.dynamics.initial(bindings)
+            solution = self._solver.solve(
+                Relaxation(self.dynamics, bindings, as_map=True), start, record=record, callback=callback
+            )
+        self._note(solution, "free", expected=self._solver.tolerance > 0)
+        return solution
+
+    def solve(self, x: Any, record: bool | str = False, callback: Callable[[Step], None] | None = None) -> Solution:
+        """The free equilibrium without a gradient.
+
+        Args:
+            x: input, batch first.
+            record: keep the residual and energy of every step; ``"states"`` keeps the states too.
+            callback: called after every step with a :class:`~toreq.solvers.Step`.
+        """
+        with torch.no_grad():
+            return self._free(detached(self.dynamics.bind(x)), record, callback)
+
+    def solve_nudged(self, x: Any, cotangent: Tensor | State, record: bool = False) -> Solution:
+        """The nudged phase for a given cotangent of the read-out (for ``Centered``: +beta stacked on -beta).
+
+        Args:
+            x: input, batch first.
+            cotangent: :math:`\\partial C/\\partial h` per read-out node.
+            record: keep the trace.
+        """
+        with torch.no_grad():
+            bindings = detached(self.dynamics.bind(x))
+            free = self._free(bindings)
+            v = {self.readout[0]: cotangent} if isinstance(cotangent, Tensor) else cotangent
+            phase = FreePhase(self.dynamics, bindings, self._solver, free.state, free.h)
+            with full_precision(bindings):
+                estimate = self._estimator.estimate(phase, LinearNudge(v), record)
+        self.last.nudged = estimate.statistics
+        return estimate.solution
+
+    def radius(self, x: Any, iterations: int = 60) -> float:
+        """Mean over the batch of the relaxation Jacobian's spectral radius at equilibrium (below 1: it contracts)."""
+        with torch.no_grad():
+            bindings = detached(self.dynamics.bind(x))
+            solution = self._free(bindings)
+            return float(relaxation_radius(self.dynamics, bindings, solution.state, iterations).mean())
+
+    @contextlib.contextmanager
+    def couplings_off(self) -> Iterator[None]:
+        """A context in which every coupling except the drives is zero."""
+        assert isinstance(self.dynamics, Energy | VectorField)
+        with self.dynamics.couplings_off():
+            yield
+
+    def _note(self, solution: Solution, phase: Literal["free", "nudged"], expected: bool) -> None:
+        statistics = Statistics.of(solution)
+        if phase == "free":
+            self.last.free = statistics
+            self.last.nudged = None
+        bad = ~torch.isfinite(statistics.residual)
+        if bool(bad.any()):
+            raise DivergenceError(
+                f"Equilibrium: expected a finite state, got {int(bad.sum())} of {bad.numel()} examples "
+                f"overflowing after "
+                f"{int(statistics.steps.max())} steps; lower the damping, control the couplings' norm, or check "
+                f"the input"
+            )
+        self._warn_unsettled(statistics, phase, expected)
+
+    def _warn_unsettled(self, statistics: Statistics, phase: str, expected: bool) -> None:
+        unsettled = ~statistics.converged
+        if self.warn and expected and bool(unsettled.any()):
+            warnings.warn(
+                f"Equilibrium: expected the {phase} phase to settle, got {int(unsettled.sum())} of {unsettled.numel()} "
+                f"examples above tolerance after {int(statistics.steps.max())} steps (largest relative residual "
+                f"{float(statistics.residual.max()):.1e}); raise max_steps, use Anderson or damping, or a "
+                "looser tolerance",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+
+def _default_estimator(dynamics: Dynamics) -> Estimator:
+    if not isinstance(dynamics, Energy):
+        return NonConservative()
+    return Predictive() if dynamics.predictive else Centered()
+
+
+def _with_self_coupling(dynamics: Dynamics, solver: Solver) -> Dynamics:
+    strength = solver.self_coupling()
+    if strength == 0:
+        return dynamics
+    if not isinstance(dynamics, Energy) or dynamics.predictive:
+        raise ConfigError(
+            "Equilibrium: expected an energy with a recurrent torus, got a network without one; use "
+            "Fading(mode='memory')"
+        )
+    # the recurrent torus is this self-coupling, seen through its delay: the solver adds only what vanishes at
+    # equilibrium
+    nodes = [Node(n, s, dynamics.activation(n)) for n, s in dynamics.shapes.items()]
+    couplings = [c for _, c in dynamics.terms()]
+    return Energy(nodes, [*couplings, *(SelfCoupling(n, strength) for n in dynamics.names)])
+
+
+def equilibria(module: nn.Module) -> list[Equilibrium]:
+    """All equilibrium layers inside a module, in order."""
+    return [m for m in module.modules() if isinstance(m, Equilibrium)]
+
+
+class _Inject(nn.Module):
+    """``block(h + x)``."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.block(h + x)
+
+
+def wrap(
+    block: nn.Module,
+    shape: int | Sequence[int],
+    form: Literal["vector_field", "residual"] = "residual",
+    inject: Literal["argument", "add"] = "argument",
+    solver: Solver | None = None,
+    estimator: Estimator | None = None,
+) -> Equilibrium:
+    r"""Any ordinary module as an equilibrium layer: :math:`h^* = \mathrm{block}(h^*, x)`.
+
+    Args:
+        block: maps ``(B, *shape)`` to ``(B, *shape)``; deterministic, without batch statistics.
+        shape: shape of one example's state.
+        form: ``"residual"`` builds the prediction-error energy :math:`\tfrac12\|h - \mathrm{block}(h, x)\|^2`,
+            learned in one
+            phase by ``Predictive``; ``"vector_field"`` takes the block as a field, learned by ``NonConservative``. The
+            equilibrium and its gradient are the same.
+        inject: ``"argument"`` calls ``block(h, x)``, ``"add"`` calls ``block(h + x)``.
+        solver, estimator: as for :class:`Equilibrium`.
+
+    Raises:
+        ConfigError: for an unknown form, a block with batch statistics or dropout.
+    """
+    if form not in ("residual", "vector_field") or inject not in ("argument", "add"):
+        raise ConfigError(
+            f"wrap: expected form 'residual' or 'vector_field' and inject 'argument' or 'add', got {form!r}, "
+            f"{inject!r}; "
+            "choose among these"
+        )
+    inner = block if inject == "argument" else _Inject(block)
+    node = Node("h", shape, Identity())
+    dynamics: Dynamics
+    if form == "vector_field":
+        dynamics = VectorField(node, inner)
+    else:
+        dynamics = Energy([node], [Residual(inner, "h", source="h")])
+    return Equilibrium(dynamics, solver, estimator)
+
+
+__all__ = ["Equilibrium", "Fading", "Last", "equilibria", "wrap"]

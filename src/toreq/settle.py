@@ -1,0 +1,82 @@
+"""The autograd node behind the equilibrium layer: free phase forward, estimator backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from toreq.core.state import Bindings, leaves, with_leaves
+from toreq.errors import DivergenceError
+from toreq.estimators.base import Cost, CostNudge, FreePhase, LinearNudge, Nudge
+
+if TYPE_CHECKING:
+    from toreq.layer import Equilibrium
+
+
+def full_precision(bindings: Bindings) -> torch.autocast:
+    kind = next(iter(leaves(bindings))).device.type
+    return torch.autocast(kind, enabled=False)
+
+
+class Settle(torch.autograd.Function):
+    """Free phase forward, estimator backward; everything bound before the loop is an ordinary autograd input."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Equilibrium, bindings: Bindings, cost: Cost | None, *flat: Tensor) -> Any:
+        bound = with_leaves(bindings, [t.detach() for t in flat])
+        solution = layer._free(bound)
+        ctx.layer, ctx.structure, ctx.cost = layer, bound, cost
+        ctx.estimator, ctx.solver = layer.estimator, layer.solver
+        ctx.save_for_backward(*flat)
+        ctx.a, ctx.h = solution.state, {n: t.detach() for n, t in solution.h.items()}
+        ctx.set_materialize_grads(False)
+        # clones: outputs must not share storage with the state kept for backward, which a user could overwrite in place
+        out = {n: solution.h[n].clone() for n in layer.readout}
+        return layer._cost_of(out, cost).mean() if cost else tuple(out.values())
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Equilibrium.backward: expected a single backward, got create_graph=True; an equilibrium "
+                "contrast is not "
+                "differentiable again: use estimator=Unrolled() for double backward"
+            )
+        layer: Equilibrium = ctx.layer
+        none = (None, None, None)
+        if all(c is None for c in cotangents):
+            return (*none, *[None] * len(ctx.saved_tensors))
+        bound = with_leaves(ctx.structure, [t.detach() for t in ctx.saved_tensors])
+        free = FreePhase(layer.dynamics, bound, ctx.solver, ctx.a, ctx.h)
+        nudge, factor = _nudge(ctx, layer, cotangents)
+        with torch.no_grad(), full_precision(bound):
+            estimate = ctx.estimator.estimate(free, nudge)
+        layer.last.nudged = estimate.statistics
+        if not bool(torch.isfinite(estimate.statistics.residual).all()):
+            raise DivergenceError(
+                "Equilibrium.backward: expected a finite nudged phase, got an overflow; lower beta or the damping, or "
+                "control the couplings' norm"
+            )
+        tolerance = getattr(ctx.estimator, "tolerance", 0.0)
+        layer._warn_unsettled(estimate.statistics, "nudged", tolerance > 0)
+        needs = ctx.needs_input_grad[3:]
+        grads = [
+            None if g is None or not need else (g if factor is None else g * factor)
+            for g, need in zip(estimate.gradients, needs, strict=True)
+        ]
+        return (*none, *grads)
+
+
+def _nudge(ctx: Any, layer: Equilibrium, cotangents: Sequence[Tensor | None]) -> tuple[Nudge, Tensor | None]:
+    if ctx.cost is None:
+        v = {n: c.to(ctx.h[n].dtype) for n, c in zip(layer.readout, cotangents, strict=True) if c is not None}
+        return LinearNudge(v), None
+    cost = CostNudge(ctx.cost, layer.readout)
+    size = next(iter(ctx.h.values())).shape[0]
+    factor = cotangents[0] / size if cotangents[0] is not None else None
+    if getattr(ctx.estimator, "nudge", None) == "cost":
+        return cost, factor
+    return LinearNudge(cost.cotangent(ctx.h)), factor

@@ -1,0 +1,120 @@
+"""Damped fixed-point iteration, with a torus of past iterates to stabilise or speed it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from toreq.core.state import State
+from toreq.memory.ring import Ring
+from toreq.solvers.base import Problem, Solver, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fading:
+    r"""A fading torus of the last R iterates as a term of the energy,
+    :math:`-\tfrac12\sum_r\alpha\rho^{\,r-1}\|h - m_r\|^2` in K.
+
+    At equilibrium all slots equal h and the term vanishes, so neither equilibrium nor gradient moves: it is damping
+    (``alpha > 0``), or on one slot momentum (``alpha < 0``, heavy ball with momentum :math:`-\gamma\alpha`; Polyak
+    1964).
+    ``mode="recurrent"`` adds :math:`\alpha\sum_r\rho^{\,r-1} h(t - r)` to the field instead, which at equilibrium is a
+    self-coupling; :class:`toreq.Equilibrium` then adds that self-coupling to the energy, so that gradients stay exact.
+
+    Args:
+        alpha: weight of the newest slot; any sign, not 0.
+        decay: :math:`\rho` in (0, 1).
+        length: R, at least 1.
+        mode: ``"memory"`` or ``"recurrent"``.
+    """
+
+    alpha: float = 0.3
+    decay: float = 0.5
+    length: int = 4
+    mode: Literal["memory", "recurrent"] = "memory"
+
+    def __post_init__(self) -> None:
+        require(
+            "Fading",
+            "alpha",
+            self.alpha,
+            self.alpha != 0 and abs(self.alpha) < 10,
+            "nonzero, |alpha| < 10",
+            "try 0.3",
+        )
+        require("Fading", "decay", self.decay, 0 < self.decay < 1, "in (0, 1)", "try 0.5")
+        require("Fading", "length", self.length, self.length >= 1, "an integer >= 1", "try 4")
+        require(
+            "Fading",
+            "mode",
+            self.mode,
+            self.mode in ("memory", "recurrent"),
+            "'memory' or 'recurrent'",
+            "choose one",
+        )
+
+    @property
+    def total(self) -> float:
+        r""":math:`\sum_r\alpha\rho^{\,r-1}`."""
+        return self.alpha * (1 - self.decay**self.length) / (1 - self.decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPoint(Solver):
+    r"""Damped iteration :math:`a \leftarrow (1-\gamma)\,a + \gamma\,\mathrm{field}(\sigma(a))`.
+
+    Args:
+        damping: :math:`\gamma` in (0, 1]; 1 is the undamped iteration.
+        order: ``"jacobi"`` updates all nodes at once; ``"gauss_seidel"`` one colour of the node graph after the other,
+            which on layered networks needs about half the sweeps.
+        torus: a :class:`Fading` memory of this phase's past iterates.
+    """
+
+    damping: float = 1.0
+    order: Literal["jacobi", "gauss_seidel"] = "jacobi"
+    torus: Fading | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            "FixedPoint",
+            "damping",
+            self.damping,
+            0 < self.damping <= 1,
+            "in (0, 1]",
+            "1 is undamped, try 0.5",
+        )
+        orders = ("jacobi", "gauss_seidel")
+        require("FixedPoint", "order", self.order, self.order in orders, f"one of {orders}", "choose one")
+
+    def self_coupling(self) -> float:
+        return self.torus.total if self.torus is not None and self.torus.mode == "recurrent" else 0.0
+
+    def begin(self, problem: Problem, a: State, h: State) -> dict[str, Ring] | None:
+        if self.torus is None:
+            return None
+        return {n: Ring(t, self.torus.length, self.torus.decay) for n, t in h.items()}
+
+    def step(self, problem: Problem, a: State, h: State, carry: dict[str, Ring] | None) -> tuple[State, State, State]:
+        if self.order == "jacobi":
+            field = problem.field(h)
+            a = {n: self._update(a[n], h[n], f, n, carry) for n, f in field.items()}
+            return a, problem.activate(a), field
+        a, h, fields = dict(a), dict(h), {}
+        for colour in problem.colours():
+            for n, f in problem.field(h, colour).items():
+                fields[n] = f
+                a[n] = self._update(a[n], h[n], f, n, carry)
+            h.update(problem.activate({n: a[n] for n in colour}))
+        return a, h, fields
+
+    def _update(
+        self, a: torch.Tensor, h: torch.Tensor, f: torch.Tensor, n: str, carry: dict[str, Ring] | None
+    ) -> torch.Tensor:
+        if carry is not None and self.torus is not None:
+            ring = carry[n]
+            f = f + (self.torus.alpha * ring.fading_sum - self.torus.total * h)
+            ring.push(h)
+        return f if self.damping == 1 else torch.lerp(a, f, self.damping)
