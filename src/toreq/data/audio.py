@@ -91,9 +91,7 @@ def log_spectrogram(waveform: Tensor, frame: int = _FRAME, hop: int = _HOP, floo
     """
     window = torch.hann_window(frame, dtype=waveform.dtype, device=waveform.device)
     flat = waveform.reshape(-1, waveform.shape[-1])
-    power = (
-        torch.stft(flat, frame, hop, window=window, return_complex=True, pad_mode="constant").abs().square()
-    )
+    power = torch.stft(flat, frame, hop, window=window, return_complex=True, pad_mode="constant").abs().square()
     level = 10 * torch.log10(power + 1e-12)
     top = level.amax((-2, -1), keepdim=True)
     # An all-silent waveform has nothing above the epsilon and stays at 0.
@@ -127,7 +125,7 @@ def load_recordings(root: str | os.PathLike[str] | None = None) -> Recordings:
 def load_fsdd(root: str | os.PathLike[str] | None = None) -> Dataset:
     """Return spoken digits as 64 x 64 log-spectrogram images, official split: 2,700 to train, 300 to test.
 
-    The first 1.008 s of each recording (shorter ones padded), 64 bands of 62.5 Hz up to 4 kHz, 64 frames of 32 ms
+    The first 1.008 s of each recording (shorter ones padded): 64 bands of 62.5 Hz to 4 kHz, 64 frames of 32 ms
     every 16 ms. Use `load_recordings` for the waveforms.
     """
     recordings = load_recordings(root)
@@ -175,9 +173,7 @@ def _read_archive(file: Path) -> dict[str, np.ndarray]:
                 samples = np.frombuffer(recording.readframes(recording.getnframes()), dtype="<i2")
             rows.append((int(digit), _SPEAKERS.index(speaker), int(take), samples.astype(np.int16)))
     if not rows:
-        raise DataError(
-            f"toreq.data: expected recordings/*.wav in {file}, got none; delete it and load again"
-        )
+        raise DataError(f"toreq.data: expected recordings/*.wav in {file}, got none; delete it and load again")
     rows.sort(key=lambda row: row[:3])
     return {
         "audio": np.concatenate([row[3] for row in rows]),

@@ -18,9 +18,7 @@ def seeded(seed: int, *keys: int, device: torch.device | str = "cpu") -> torch.G
     The numbers are hashed rather than added, so that (0, 1) and (1, 0) have nothing in common.
     """
     if any(value < 0 for value in (seed, *keys)):
-        raise ConfigError(
-            f"seeded: expected non-negative integers, got {(seed, *keys)}; use a seed of 0 or more"
-        )
+        raise ConfigError(f"seeded: expected non-negative integers, got {(seed, *keys)}; use a seed of 0 or more")
     state = np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)
     # CPU generators of torch keep 32 bits of a seed; the mask makes that explicit and alike everywhere.
     return torch.Generator(device=device).manual_seed(int(state[0]) & 0xFFFFFFFF)
@@ -64,9 +62,7 @@ class Batches:
         if seed < 0:
             raise ConfigError(f"Batches: expected a seed >= 0, got {seed}; use a non-negative one")
         if len(x) != len(y):
-            raise DataError(
-                f"Batches: expected as many labels as examples, got {len(y)} for {len(x)}; pair them up"
-            )
+            raise DataError(f"Batches: expected as many labels as examples, got {len(y)} for {len(x)}; pair them up")
         self.x, self.y = x, y
         self.batch_size, self.seed = batch_size, seed
         self.shuffle, self.drop_last = shuffle, drop_last

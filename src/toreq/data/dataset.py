@@ -69,23 +69,17 @@ class Dataset:
             return self.test_x, self.test_y
         raise DataError(f"Dataset.split: expected 'train' or 'test', got {split!r}; choose one of the two")
 
-    def images(
-        self, split: Split, index: Tensor | Sequence[int] | slice, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def images(self, split: Split, index: Tensor | Sequence[int] | slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the examples at `index` as floats in [0, 1], shape (len(index), *input_shape).
 
         Raises:
             DataError: the inputs are symbols, which have no place on [0, 1]; use `inputs`.
         """
         if self.num_symbols is not None:
-            raise DataError(
-                f"Dataset.images: expected pixels, got the symbols of {self.name!r}; use Dataset.inputs"
-            )
+            raise DataError(f"Dataset.images: expected pixels, got the symbols of {self.name!r}; use Dataset.inputs")
         return self.inputs(split, index, dtype)
 
-    def inputs(
-        self, split: Split, index: Tensor | Sequence[int] | slice, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def inputs(self, split: Split, index: Tensor | Sequence[int] | slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the examples at `index`: pixels as `dtype` in [0, 1], symbols as int64."""
         x, _ = self.split(split)
         if not isinstance(index, slice):
@@ -155,14 +149,11 @@ def check_batch(x: Tensor, y: Tensor | None, input_shape: Sequence[int], num_cla
     if len(x) == 0:
         raise DataError("check_batch: expected at least one example, got an empty batch; skip empty batches")
     if not (x.is_floating_point() or x.dtype == torch.int64):
-        raise DataError(
-            f"check_batch: expected x of a floating dtype (or int64 symbols), got {x.dtype}; use x.float()"
-        )
+        raise DataError(f"check_batch: expected x of a floating dtype (or int64 symbols), got {x.dtype}; use x.float()")
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
         raise DataError(
-            f"check_batch: expected finite x, got NaN or infinity in {bad} of {len(x)} examples; "
-            "clean the data"
+            f"check_batch: expected finite x, got NaN or infinity in {bad} of {len(x)} examples; clean the data"
         )
     if y is None:
         return
@@ -172,12 +163,9 @@ def check_batch(x: Tensor, y: Tensor | None, input_shape: Sequence[int], num_cla
             "give class indices, one for each example"
         )
     if y.device != x.device:
-        raise DataError(
-            f"check_batch: expected y on {x.device} like x, got {y.device}; move both to one device"
-        )
+        raise DataError(f"check_batch: expected y on {x.device} like x, got {y.device}; move both to one device")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= num_classes:
         raise DataError(
-            f"check_batch: expected labels in [0, {num_classes}), got {low} to {high}; "
-            "check the labels or num_classes"
+            f"check_batch: expected labels in [0, {num_classes}), got {low} to {high}; check the labels or num_classes"
         )

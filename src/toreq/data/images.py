@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import itertools
+import math
 import os
 import tarfile
 import zlib
@@ -78,9 +79,7 @@ CIFAR10_SHA256 = {
     "test_jpeg.npz": "b097f7c20a3c74ddb4ae15e800cfa20d36672798b5c46067a56e9d2d8bb9654f",
     "train_first4000_lossless.npz": "fb13f43f973a70a8ac3852154b7a9234b66b7b9ed68037003c4af1f6d8438960",
 }
-_CIFAR10_LICENCE = (
-    "no licence stated; cite A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
-)
+_CIFAR10_LICENCE = "no licence stated; cite A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
 
 
 def load_mnist(root: str | os.PathLike[str] | None = None) -> Dataset:
@@ -156,8 +155,9 @@ def read_idx(data: bytes, where: str) -> Tensor:
     """Return the uint8 array of an IDX file; raises `DataError` when header and length disagree."""
     dimensions = data[3] if len(data) >= 4 and data[:3] == b"\0\0\x08" else 0
     header = 4 + 4 * dimensions
-    shape = tuple(int(n) for n in np.frombuffer(data[4:header], dtype=">u4")) if dimensions else ()
-    if not dimensions or len(shape) != dimensions or len(data) - header != int(np.prod(shape)):
+    complete = dimensions > 0 and len(data) >= header
+    shape = tuple(int(n) for n in np.frombuffer(data[4:header], dtype=">u4")) if complete else ()
+    if not complete or len(data) - header != math.prod(shape):
         raise DataError(
             f"read_idx: expected a complete uint8 IDX file, got {len(data)} bytes starting with {data[:4]!r} "
             f"in {where}; delete the file and load again"
@@ -166,9 +166,7 @@ def read_idx(data: bytes, where: str) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=header).reshape(shape)
 
 
-def _from_idx(
-    name: str, read: Callable[[str], tuple[bytes, Path]], sha256: dict[str, str], licence: str
-) -> Dataset:
+def _from_idx(name: str, read: Callable[[str], tuple[bytes, Path]], sha256: dict[str, str], licence: str) -> Dataset:
     tensors = []
     for entry in _IDX_FILES:
         packed, file = read(entry)
@@ -202,9 +200,7 @@ def _decode_jpegs(file: Path) -> tuple[Tensor, Tensor]:
     pixels = np.empty((len(labels), 32, 32, 3), dtype=np.uint8)
     for row, (start, stop) in enumerate(itertools.pairwise(offsets)):
         pixels[row] = np.asarray(Image.open(io.BytesIO(stream[start:stop]), formats=("JPEG",)))
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(
-        labels.astype(np.int64)
-    )
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64))
 
 
 def _read_archive(file: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -213,9 +209,7 @@ def _read_archive(file: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     expected = CIFAR10_ARCHIVE.download_hash.removeprefix("md5:")
     found = hashlib.md5(packed, usedforsecurity=False).hexdigest()
     if found != expected:
-        raise DataError(
-            f"toreq.data: expected {file} with MD5 {expected}, got {found}; delete it and load again"
-        )
+        raise DataError(f"toreq.data: expected {file} with MD5 {expected}, got {found}; delete it and load again")
     batches: dict[str, np.ndarray] = {}
     with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as archive:
         # Read in memory, never extracted: member names of an archive cannot point anywhere then.

@@ -38,7 +38,5 @@ def load(name: str, *, root: str | os.PathLike[str] | None = None) -> Dataset:
         DataError: the files are nowhere and cannot be fetched, or their content is not the published one.
     """
     if name not in _LOADERS:
-        raise ConfigError(
-            f"toreq.data.load: expected the name of a data set, got {name!r}; {nearest(name, names())}"
-        )
+        raise ConfigError(f"toreq.data.load: expected the name of a data set, got {name!r}; {nearest(name, names())}")
     return _LOADERS[name](root)

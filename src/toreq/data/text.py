@@ -40,9 +40,7 @@ class Text:
         """Return int64 symbols of `text`; raises `DataError` for a character outside the alphabet."""
         unknown = set(text) - set(self.alphabet)
         if unknown:
-            raise DataError(
-                f"Text.encode: expected characters of the alphabet, got {sorted(unknown)}; leave them out"
-            )
+            raise DataError(f"Text.encode: expected characters of the alphabet, got {sorted(unknown)}; leave them out")
         return torch.tensor([self.alphabet.index(character) for character in text], dtype=torch.int64)
 
     def decode(self, symbols: Tensor) -> str:

@@ -94,9 +94,7 @@ def corrupt(x: Tensor, name: str, severity: int, *, generator: torch.Generator) 
         ConfigError: unknown name, or a severity outside 1 to 5.
     """
     if name not in _CORRUPTIONS:
-        raise ConfigError(
-            f"corrupt: expected the name of a corruption, got {name!r}; {nearest(name, _CORRUPTIONS)}"
-        )
+        raise ConfigError(f"corrupt: expected the name of a corruption, got {name!r}; {nearest(name, _CORRUPTIONS)}")
     _require(severity in (1, 2, 3, 4, 5), "corrupt", "a severity of 1 to 5", severity)
     return _CORRUPTIONS[name](x, severity - 1, generator)
 
@@ -104,9 +102,7 @@ def corrupt(x: Tensor, name: str, severity: int, *, generator: torch.Generator) 
 _CORRUPTIONS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
     "gaussian_noise": lambda x, s, g: gaussian_noise(x, (0.08, 0.15, 0.25, 0.35, 0.5)[s], generator=g),
     "salt_and_pepper": lambda x, s, g: salt_and_pepper(x, (0.02, 0.05, 0.1, 0.2, 0.3)[s], generator=g),
-    "occlusion": lambda x, s, g: occlusion(
-        x, round(min(x.shape[2:]) * (0.15, 0.25, 0.35, 0.45, 0.55)[s]), generator=g
-    ),
+    "occlusion": lambda x, s, g: occlusion(x, round(min(x.shape[2:]) * (0.15, 0.25, 0.35, 0.45, 0.55)[s]), generator=g),
     "blur": lambda x, s, g: blur(x, (0.5, 0.75, 1.0, 1.5, 2.0)[s]),
     "contrast": lambda x, s, g: contrast(x, (0.75, 0.5, 0.4, 0.3, 0.15)[s]),
     "shift": lambda x, s, g: random_shift(x, s + 1, generator=g),

@@ -1,0 +1,46 @@
+"""Set-up shared by all tests: one thread, no denormals, and run-time checks of every annotation in toreq."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torch is imported: two workers with two threads each would fight for two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+# Shapes and types are checked in every call while the tests run; TOREQ_TYPECHECK=0 turns that off.
+if os.environ.get("TOREQ_TYPECHECK", "1") != "0":
+    from jaxtyping import install_import_hook
+
+    # Must come before the first import of toreq, whose modules are instrumented as they are loaded.
+    install_import_hook("toreq", "typechecker.check")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _flush_denormals(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A relaxation that decays into subnormal numbers is many times slower and measures nothing of interest."""
+    # Hypothesis needs subnormal numbers to draw floats, and refuses to work where they are flushed.
+    torch.set_flush_denormal(not getattr(request.function, "is_hypothesis_test", False))
+    yield
+    # Code under test may have switched it on too.
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A generator with a fixed seed, so that no test depends on another one's draws."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_outside_data(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests use bundled and generated data only, also on a machine that has the other sets."""
+    monkeypatch.delenv("TOREQ_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
