@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from toreq import __version__
+
 OK, FAILURE, BAD_USAGE = 0, 1, 2
 
 DESCRIPTION = """Networks that settle: Equilibrium Propagation for PyTorch.
@@ -23,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments or os.environ.get("TOREQ_DEBUG", "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
     if arguments in (["--version"], ["-V"]):
-        import importlib.metadata
-
-        print(f"toreq {importlib.metadata.version('toreq')}")
+        print(f"toreq {__version__}")
         return OK
 
     from rich.console import Console

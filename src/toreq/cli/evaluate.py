@@ -18,7 +18,7 @@ class Eval:
     """The run folder."""
     data: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: that of the run)")] = None
     """Data set whose test part is used; of the same input shape and number of classes."""
-    limit_test: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: as in training)")] = None
+    limit_test: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: as in the run)")] = None
     """Use this many test examples."""
     corrupt: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: clean)")] = None
     """Corruption of the inputs."""
@@ -38,10 +38,10 @@ class Eval:
 
         run = training.load_run(self.run_folder)
         config = run.config
-        if self.limit_test is not None:
-            config = dataclasses.replace(config, limit_test=self.limit_test)
-        # The training part is not used, so one example of each class is enough of it.
-        found = training.prepare(dataclasses.replace(config, limit_train=1), "cpu", name=self.data)
+        limit = self.limit_test or (config.limit_test if self.data in (None, config.data) else None)
+        # The training part is not used, so one example of it is enough.
+        config = dataclasses.replace(config, data=self.data or config.data, limit_train=1, limit_test=limit)
+        found = training.prepare(config, "cpu")
         expected = (run.net.num_classes, run.net.input_shape)
         if (found.num_classes, found.input_shape) != expected:
             raise ConfigError(

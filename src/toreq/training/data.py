@@ -33,25 +33,24 @@ class Prepared:
         return dataclasses.replace(self, train_x=self.train_x.to(dtype), test_x=self.test_x.to(dtype))
 
 
-def prepare(config: TrainConfig, device: torch.device | str, *, name: str | None = None) -> Prepared:
-    """Load the data of `config` (or those called `name`), limited as it says.
+def prepare(config: TrainConfig, device: torch.device | str) -> Prepared:
+    """Load the data of `config`, limited as it says.
 
     Raises `DataError` for data that are missing, not finite or with labels out of range.
     """
-    name = name or config.data
-    source = datasets.load(name).limit(config.limit_train, config.limit_test)
+    source = datasets.load(config.data).limit(config.limit_train, config.limit_test)
     tensors = {}
     for split in ("train", "test"):
         x, y = source.inputs(split, slice(None)), source.split(split)[1]
         try:
             datasets.check_batch(x, y, source.input_shape, source.num_classes)
         except DataError as error:
-            raise DataError(f"{name} ({split}): {error}") from error
+            raise DataError(f"{config.data} ({split}): {error}") from error
         tensors[f"{split}_x"], tensors[f"{split}_y"] = x.to(device), y.to(device)
     return Prepared(
         **tensors,
         num_classes=source.num_classes,
         input_shape=tuple(source.input_shape),
-        name=name,
+        name=config.data,
         variant=source.variant,
     )

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("toreq", "torch", "numpy", "lightning-fabric", "torchmetrics", "safetensors")
+from toreq import __version__
+
+PACKAGES = ("torch", "numpy", "lightning-fabric", "torchmetrics", "safetensors")
 
 
 def versions() -> dict[str, str | None]:
     """Return the version of Python and of each package a run depends on; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"toreq": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
