@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 # Before torch is imported: two workers with two threads each would fight for two cores.
@@ -16,11 +17,14 @@ if os.environ.get("TOREQ_TYPECHECK", "1") != "0":
     from jaxtyping import install_import_hook
 
     # Must come before the first import of toreq, whose modules are instrumented as they are loaded.
+    assert "toreq" not in sys.modules
     install_import_hook("toreq", "typechecker.check")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    # Not in pyproject.toml: pytest would import toreq for it before this file can instrument it.
+    config.addinivalue_line("filterwarnings", "error::toreq.errors.ConvergenceWarning")
 
 
 @pytest.fixture(autouse=True)

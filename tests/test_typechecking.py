@@ -66,6 +66,16 @@ def test_the_package_itself_is_checked(tmp_path: Path):
         blobs(4, (2,), 2, generator=None)  # type: ignore[arg-type]
 
 
+def test_no_module_escaped_the_checks():
+    plain = [
+        name
+        for name, module in sys.modules.items()
+        if name.split(".")[0] == "toreq"
+        and "jaxtyping" not in type(getattr(module.__spec__, "loader", None)).__module__
+    ]
+    assert plain == []
+
+
 def test_right_calls_pass(probe):
     layer = probe.Layer(probe.Options(scale=2))  # an int is fine for a float
     assert layer(torch.ones(3, 4), torch.ones(5, 4)).shape == (3, 5)
