@@ -27,6 +27,7 @@ def _operators(seed: int = 0) -> dict[str, Operator]:
         "conv_pool": Conv((2, 8, 8), 3, kernel=3, padding=1, pool=2, generator=g),
         "conv_pool_odd": Conv((1, 9, 8), 2, kernel=3, padding=1, pool=2, generator=g),
         "conv_all": Conv((2, 11, 10), 3, kernel=3, stride=2, padding=1, pool=2, generator=g),
+        "conv_symmetric": Conv((3, 5, 4), 3, kernel=3, padding=1, symmetric=True, generator=g),
         "resample_1d": Resample((3, 8), 2, dims=1),
         "resample_2d": Resample((2, 6, 9), 3, dims=2),
         "circulant": Circulant(7, generator=g),
@@ -177,6 +178,10 @@ def test_bad_input() -> None:
         Conv((1, 3, 3), 2, kernel=5)
     with pytest.raises(ConfigError, match="pixels a side"):
         Conv((1, 4, 4), 2, kernel=3, pool=3)
+    with pytest.raises(ConfigError, match="when symmetric"):
+        Conv((2, 5, 5), 3, kernel=3, padding=1, symmetric=True)
+    with pytest.raises(ConfigError, match="when symmetric"):
+        Conv((2, 5, 5), 2, kernel=3, stride=2, padding=1, symmetric=True)
     with pytest.raises(ConfigError, match="divisible by 2"):
         Resample((1, 5, 4), 2, dims=2)
     with pytest.raises(ConfigError, match="factor >= 1"):

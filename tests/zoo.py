@@ -115,9 +115,9 @@ def convolutional(g: torch.Generator) -> dict[str, Any]:
     ]
     terms = [
         Drive("c1", first),
-        Bilinear(Conv((2, 7, 6), 3, kernel=3, stride=2, padding=1, scale=0.15, generator=g), "c1", "c2"),
-        Bilinear(Conv((3, 4, 3), 2, kernel=2, padding=1, pool=2, scale=0.3, generator=g), "c2", "c3"),
-        Bilinear(Dense((2, 2, 2), 3, scale=0.3, generator=g), "c3", "out"),
+        Bilinear(Conv((2, 7, 6), 3, kernel=3, stride=2, padding=1, scale=0.1, generator=g), "c1", "c2"),
+        Bilinear(Conv((3, 4, 3), 2, kernel=2, padding=1, pool=2, scale=0.25, generator=g), "c2", "c3"),
+        Bilinear(Dense((2, 2, 2), 3, scale=0.2, generator=g), "c3", "out"),
     ]
     return {"dynamics": Energy(nodes, terms), "input": (1, 9, 8)}
 
