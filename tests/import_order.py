@@ -57,6 +57,8 @@ def _refusal(importer: str, imported: tuple[str, ...], late: bool, source: Path)
         if imported[0] not in DATA_MAY_IMPORT:
             return "data imports the standard library, torch, numpy and pooch only"
         return "data imports Pillow and pooch late" if imported[0] in {"PIL", "pooch"} and not late else None
+    if imported[1:] == ("__version__",):
+        return None
     if len(imported) == 1 or imported[1] not in RANK:
         # `from toreq import systems` counts as toreq.systems; any other name is one of the package itself.
         return None if importer == "cli" else "the package itself imports every part: import the part"
