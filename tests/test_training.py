@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +373,41 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         training.load_run(tmp_path / "a")
 
 
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def agree(self: Session, *flags: bool) -> list[bool]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            # Two signals within one step: the first asks, the second insists.
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return list(flags)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Session, "agree", agree)
+    with pytest.raises(training.Interrupted, match=r"at step 3; the checkpoint of step 0 is kept; go on with: toreq"):
+        training.train(_config(tmp_path / "run"))
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.undo()
+    assert training.resume(tmp_path / "run")["epochs"] == 2
+
+
+def test_a_full_disk_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toreq.training.run import RunFolder
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = RunFolder(tmp_path)
+    folder.append({"kind": "step", "step": 1, "radius": math.nan})
+    assert folder.metrics() == [{"kind": "step", "step": 1, "radius": None}]
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(training.RunError, match=r"No space left on device; .*toreq train --resume"):
+        folder.append({"kind": "step", "step": 2})
+
+
 # -- bad input and divergence
 
 
@@ -522,3 +558,40 @@ def test_process_settings_are_put_back(tmp_path: Path) -> None:
 def test_other_precisions_train(tmp_path: Path, precision: str) -> None:
     summary = training.train(_config(tmp_path / "run", precision=precision, deterministic=False))
     assert summary["train_loss"] < 2.3
+
+
+# -- several processes
+
+ARCHITECTURES = ("mlp", "hopfield")
+
+
+def _gradients(arch: str, rank: int, world: int) -> dict[str, Tensor]:
+    """The gradients of one batch of 8, of which each of `world` processes has its share."""
+    torch.manual_seed(0)
+    net = systems.create("toreqprop", input_shape=(1, 6, 6), num_classes=3, arch=arch, hidden=(12, 8)).double()
+    x, y = torch.rand(8, 1, 6, 6, dtype=torch.float64)[rank::world], (torch.arange(8) % 3)[rank::world]
+    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    net.criterion(model(x), y).backward()
+    return {f"{arch}/{name}": p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        found = {name: grad for arch in ARCHITECTURES for name, grad in _gradients(arch, rank, 2).items()}
+        checkpoint.save(Path(folder) / str(rank), found, {})
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.ddp
+def test_two_processes_have_the_gradient_of_the_joint_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
+    first, second = (checkpoint.load(tmp_path / str(rank))[0] for rank in (0, 1))
+    for arch in ARCHITECTURES:
+        joint = _gradients(arch, 0, 1)
+        assert len(joint) >= 4
+        for name, expected in joint.items():
+            assert torch.equal(first[name], second[name])
+            assert torch.linalg.vector_norm(first[name] - expected) <= 1e-4 * torch.linalg.vector_norm(expected), name

@@ -30,8 +30,8 @@ class Demo:
     """Seed of the weights and the order of the examples."""
     limit_train: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: each row's)")] = None
     """Train on at most this many examples."""
-    limit_test: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
-    """Test on this many examples."""
+    limit_test: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: each row's)")] = None
+    """Test on at most this many examples."""
 
     def run(self, console: Console, command: str) -> int:
         """Train, print and write; returns the exit code."""
@@ -57,16 +57,20 @@ class Demo:
         from toreq import training
 
         limit = min(row.limit_train, self.limit_train or row.limit_train)
+        limit_test = min(row.limit_test, self.limit_test or row.limit_test)
         base = training.config_for(
             row.system,
             row.options,
             epochs=row.epochs,
             seed=self.seed,
             limit_train=limit,
-            limit_test=self.limit_test,
+            limit_test=limit_test,
             **row.train,
         )
-        affordable = int(_samples_per_second(base) * row.seconds / row.epochs)
+        # Each epoch is followed by a test, the last one also by a test with couplings off; a test example costs about
+        # half a training example, which has the nudged phase on top.
+        tests = limit_test * (row.epochs + 1) / 2
+        affordable = int((_samples_per_second(base) * row.seconds - tests) / row.epochs)
         if affordable < limit:
             limit = max(min(limit, LEAST_EXAMPLES), affordable)
             console.print(f"{row.label}: this machine trains on {limit:,} examples in {row.seconds:.0f} s")

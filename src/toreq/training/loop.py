@@ -40,7 +40,8 @@ def train(
         raise ConfigError("train: expected a folder in `out`, got None; say where the run is to be written")
     with process_settings(config), StopRequest() as stop:
         session = Session(config, RunFolder(Path(config.out)), resuming=False, overwrite=overwrite)
-        return _run(session, stop, console, command)
+        with _resumable(session):
+            return _run(session, stop, console, command)
 
 
 def resume(
@@ -57,7 +58,8 @@ def resume(
         config = dataclasses.replace(config, epochs=epochs)
     with process_settings(config), StopRequest() as stop:
         session = Session(config, folder, resuming=True, overwrite=False)
-        return _run(session, stop, console, command)
+        with _resumable(session):
+            return _run(session, stop, console, command)
 
 
 def _run(session: Session, stop: StopRequest, console: Console | None, command: str | None) -> dict[str, Any]:
@@ -118,11 +120,23 @@ def _run(session: Session, stop: StopRequest, console: Console | None, command: 
     return session.finish(command)
 
 
+@contextlib.contextmanager
+def _resumable(session: Session) -> Iterator[None]:
+    """Say how to go on after a second Ctrl-C, which stops at once."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            f"stopped at once at step {session.at.step}; the checkpoint of step {session.saved_step} is kept; "
+            f"go on with: {resume_command(session.folder.path)}"
+        ) from stop
+
+
 def _live(session: Session, console: Console | None, total: int) -> Live:
     config = session.config
     return Live(
         console or Console(quiet=True),
-        label=config.system if config.side == "eqprop" else f"{config.system} {config.side}",
+        label=" ".join([config.system, *([str(config.set["arch"])] if "arch" in config.set else []), config.side]),
         total=total,
         done=session.at.step,
         batch_size=config.batch_size,

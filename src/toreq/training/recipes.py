@@ -24,8 +24,8 @@ _TRAIN: dict[tuple[str, str], dict[str, Any]] = {
 class DemoRow:
     """One row of `toreq demo`: a system with its options, how long it trains, and on how many examples.
 
-    `seconds` bounds the training time of the row (its backprop twin included) on a slow machine: fewer examples are
-    used there. `train` holds further fields of `TrainConfig`.
+    `seconds` bounds the time of the row (its backprop twin included) on a slow machine: fewer examples are used there.
+    `train` holds further fields of `TrainConfig`.
     """
 
     system: str
@@ -33,6 +33,7 @@ class DemoRow:
     options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 2
     limit_train: int = 20_000
+    limit_test: int = 10_000
     seconds: float = 20.0
     train: dict[str, Any] = field(default_factory=dict)
 
@@ -41,9 +42,17 @@ _DEMO: dict[str, tuple[DemoRow, ...]] = {
     "toreqprop": (
         DemoRow("toreqprop", "toreqprop mlp", {"arch": "mlp"}, epochs=2, limit_train=60_000),
         DemoRow("toreqprop", "toreqprop hopfield", {"arch": "hopfield"}, epochs=2, limit_train=20_000, seconds=10.0),
-        DemoRow("toreqprop", "toreqprop conv", {"arch": "conv"}, epochs=1, limit_train=5_000, seconds=15.0),
         DemoRow(
-            "toreqprop", "toreqprop transformer", {"arch": "transformer"}, epochs=2, limit_train=5_000, seconds=15.0
+            "toreqprop", "toreqprop conv", {"arch": "conv"}, epochs=1, limit_train=5_000, limit_test=2_000, seconds=15.0
+        ),
+        DemoRow(
+            "toreqprop",
+            "toreqprop transformer",
+            {"arch": "transformer"},
+            epochs=2,
+            limit_train=5_000,
+            limit_test=2_000,
+            seconds=15.0,
         ),
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -110,9 +111,19 @@ class RunFolder:
         return values
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        """Append one line to metrics.jsonl, null for a number that is not finite; raises `RunError` on a full disk."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in line.items()
+        }
+        try:
+            with (self.path / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"out: cannot write to {self.path / METRICS}: {error.strerror or error}; make room, then go on with: "
+                f"{resume_command(self.path)}"
+            ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; a last line cut short by a crash is left out."""
