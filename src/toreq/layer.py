@@ -49,7 +49,8 @@ class Equilibrium(nn.Module):
         readout: name of the read-out node (forward then returns a tensor), or several (a dictionary); the last
             node when
             None.
-        warn: whether unsettled examples raise a :class:`~toreq.errors.ConvergenceWarning`.
+        warn: whether unsettled examples give a :class:`~toreq.errors.ConvergenceWarning`, the first time in each phase;
+            :attr:`last` counts them always.
 
     Raises:
         ConfigError: for an unknown read-out, or an estimator that does not support the dynamics (with the reason).
@@ -77,6 +78,7 @@ class Equilibrium(nn.Module):
                     f"Equilibrium: expected a read-out among {list(dynamics.shapes)}, got {name!r}; name a node"
                 )
         self.warn = warn
+        self._warned: set[str] = set()
         self.last = Last()
 
     def _checked(self, estimator: Estimator) -> Estimator:
@@ -268,7 +270,8 @@ class Equilibrium(nn.Module):
 
     def _warn_unsettled(self, statistics: Statistics, phase: str, expected: bool) -> None:
         unsettled = ~statistics.converged
-        if self.warn and expected and bool(unsettled.any()):
+        if self.warn and expected and phase not in self._warned and bool(unsettled.any()):
+            self._warned.add(phase)
             warnings.warn(
                 f"Equilibrium: expected the {phase} phase to settle, got {int(unsettled.sum())} of {unsettled.numel()} "
                 f"examples above tolerance after {int(statistics.steps.max())} steps (largest relative residual "

@@ -106,7 +106,7 @@ class Dynamics(nn.Module, ABC):
         return tensors[0].shape[0], dtype, tensors[0].device
 
     def initial(self, bindings: Bindings) -> State:
-        """A deterministic start: driven nodes at their drive, the others by one feed-forward pass in node order."""
+        """A deterministic start: the first node at its drive, the others by one pass in node order."""
         size, dtype, device = self.batch(bindings)
         static = self.static(bindings)
         a = {
@@ -119,12 +119,10 @@ class Dynamics(nn.Module, ABC):
                     f"{type(self).__name__}: expected a drive of shape {(size, *self.shapes[n])} on node {n!r}, got "
                     f"{tuple(t.shape)}; check the drive's module and the input's shape"
                 )
-        undriven = [n for n in self.names if n not in static]
-        if static and undriven:
+        if len(a) > 1:
             h = self.activate(a, bindings)
-            for n in undriven:
-                one = frozenset([n])
-                a[n] = self.field(h, bindings, static, one)[n]
+            for n in self.names[1:]:
+                a[n] = self.map(h, bindings, static, frozenset([n]))[n]
                 h.update(self.activate({n: a[n]}, bindings))
         return a
 

@@ -10,6 +10,22 @@ from toreq.core.operators import Operator
 from toreq.errors import ConfigError
 
 
+class _Matrix(Operator):
+    """A bare matrix parameter of any module, seen as an operator."""
+
+    def __init__(self, name: str, shape: torch.Size) -> None:
+        super().__init__()
+        self.name, self.in_shape, self.out_shape = name, (shape[1],), (shape[0],)
+
+    def forward(self, u: Tensor, t: dict[str, Tensor] | None = None) -> Tensor:
+        assert t is not None
+        return u @ t[self.name].T
+
+    def adjoint(self, w: Tensor, t: dict[str, Tensor] | None = None) -> Tensor:
+        assert t is not None
+        return w @ t[self.name]
+
+
 class NormControl(nn.Module):
     r"""Scale a weight so that its operator's norm stays below a bound: :math:`W \mapsto W\min(1, c/\|A_W\|)`.
 
@@ -20,6 +36,7 @@ class NormControl(nn.Module):
 
     Args:
         operator: the operator whose weight is controlled; linear in that weight.
+        weight: its present value.
         name: the tensor's name.
         bound: c, above 0.
         iterations: power iterations per training step.
@@ -27,20 +44,19 @@ class NormControl(nn.Module):
 
     vector: Tensor
 
-    def __init__(self, operator: Operator, name: str, bound: float, iterations: int = 1) -> None:
+    def __init__(self, operator: Operator, weight: Tensor, name: str, bound: float, iterations: int = 2) -> None:
         super().__init__()
         if not bound > 0:
             raise ConfigError(f"NormControl: expected bound > 0, got {bound}; use for example 0.9")
         self._operator = (operator,)  # in a tuple: the operator owns this module, not the other way round
         self.name, self.bound, self.iterations = name, bound, iterations
-        weight = getattr(operator, name)
         start = torch.randn(1, *operator.in_shape, generator=torch.Generator().manual_seed(0))
         self.register_buffer("vector", start.to(weight))
         with torch.no_grad():
             self._iterate(self._tensors(weight.detach()), 30)
 
     def _tensors(self, weight: Tensor) -> dict[str, Tensor]:
-        return {self.name: (weight + weight.T) / 2 if self._operator[0].symmetric and weight.dim() == 2 else weight}
+        return {self.name: self._operator[0].symmetrised(weight)}
 
     def _iterate(self, t: dict[str, Tensor], times: int) -> None:
         op, v = self._operator[0], self.vector
@@ -58,22 +74,24 @@ class NormControl(nn.Module):
         return weight * (self.bound / sigma.clamp_min(self.bound))
 
 
-def control_norm(operator: Operator, bound: float, name: str = "weight", iterations: int = 1) -> Operator:
-    """Register :class:`NormControl` on an operator's weight and return the operator.
+def control_norm(module: nn.Module, bound: float, name: str = "weight", iterations: int = 2) -> None:
+    """Register :class:`NormControl` on an operator's weight, or on a matrix of any other module.
 
     Args:
-        operator: a :class:`~toreq.core.operators.Dense` or :class:`~toreq.core.operators.Conv` operator.
+        module: a :class:`~toreq.core.operators.Dense`, :class:`~toreq.core.operators.Conv` or
+            :class:`~toreq.core.operators.Circulant` operator, or a module with a 2-d parameter of that name.
         bound: largest operator norm allowed, above 0.
         name: the parameter to control.
         iterations: power iterations per training step.
 
     Raises:
-        ConfigError: if the bound is not positive or the operator has no such parameter.
+        ConfigError: if the bound is not positive or the module has no such parameter.
     """
-    if not isinstance(getattr(operator, name, None), nn.Parameter):
+    weight = getattr(module, name, None)
+    if not isinstance(weight, nn.Parameter) or not (isinstance(module, Operator) or weight.dim() == 2):
         raise ConfigError(
-            f"control_norm: expected an operator with a parameter {name!r}, got {type(operator).__name__}; "
-            f"it has {[n for n, _ in operator.named_parameters(recurse=False)]}"
+            f"control_norm: expected an operator, or a module with a matrix parameter {name!r}, got "
+            f"{type(module).__name__} with {[n for n, _ in module.named_parameters(recurse=False)]}; name one of these"
         )
-    parametrize.register_parametrization(operator, name, NormControl(operator, name, bound, iterations))
-    return operator
+    operator = module if isinstance(module, Operator) else _Matrix(name, weight.shape)
+    parametrize.register_parametrization(module, name, NormControl(operator, weight, name, bound, iterations))

@@ -37,6 +37,10 @@ class Operator(nn.Module, ABC):
         """The effective weights, after any parametrization; ``{}`` if there are none."""
         return {}
 
+    def symmetrised(self, weight: Tensor) -> Tensor:
+        """The weight as :meth:`tensors` would give it."""
+        return weight
+
     @abstractmethod
     def forward(self, u: Tensor, t: Tensors | None = None) -> Tensor:
         r""":math:`A u`."""
@@ -130,8 +134,10 @@ class Dense(Operator):
         self.weight = nn.Parameter(torch.randn(n_out, n_in, generator=generator) * std)
 
     def tensors(self) -> Tensors:
-        w = self.weight
-        return {"weight": (w + w.T) / 2 if self.symmetric else w}
+        return {"weight": self.symmetrised(self.weight)}
+
+    def symmetrised(self, weight: Tensor) -> Tensor:
+        return (weight + weight.T) / 2 if self.symmetric else weight
 
     def _t(self, t: Tensors | None) -> Tensor:
         return (self.tensors() if t is None else t)["weight"]
@@ -175,6 +181,8 @@ class Conv(Operator):
         kernel: size of the square kernel.
         stride, padding: as in ``torch.nn.Conv2d``.
         pool: side of non-overlapping average-pooling windows (1: none); rows that do not fill a window are dropped.
+        symmetric: make the operator its own adjoint; needs as many filters as channels and an output of the
+            input's size.
         scale: standard deviation of the initial weights; half of :math:`1/\\sqrt{\\text{fan-in}}` when None.
         generator: source of the initial weights.
     """
@@ -187,6 +195,7 @@ class Conv(Operator):
         stride: int = 1,
         padding: int = 0,
         pool: int = 1,
+        symmetric: bool = False,
         scale: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -209,11 +218,22 @@ class Conv(Operator):
         self.output_padding = tuple(
             s - ((c - 1) * stride - 2 * padding + kernel) for s, c in zip(size, conv, strict=True)
         )
+        if symmetric and (self.out_shape != self.in_shape or stride != 1 or pool != 1):
+            raise ConfigError(
+                f"Conv: expected an output of the input's shape when symmetric, got {self.in_shape} -> "
+                f"{self.out_shape}; "
+                "use stride 1, no pooling, an odd kernel and padding (kernel - 1) / 2"
+            )
+        self.symmetric = symmetric
         std = 0.5 / math.sqrt(channels * kernel * kernel) if scale is None else scale
+        std = std * math.sqrt(2) if symmetric else std
         self.weight = nn.Parameter(torch.randn(out_channels, channels, kernel, kernel, generator=generator) * std)
 
     def tensors(self) -> Tensors:
-        return {"weight": self.weight}
+        return {"weight": self.symmetrised(self.weight)}
+
+    def symmetrised(self, weight: Tensor) -> Tensor:
+        return (weight + weight.transpose(0, 1).flip(-1, -2)) / 2 if self.symmetric else weight
 
     def _t(self, t: Tensors | None) -> Tensor:
         return (self.tensors() if t is None else t)["weight"]
@@ -300,8 +320,10 @@ class Circulant(Operator):
         self.kernel = nn.Parameter(torch.randn(features, generator=generator) * std)
 
     def tensors(self) -> Tensors:
-        k = self.kernel
-        return {"kernel": (k + k.flip(0).roll(1)) / 2 if self.symmetric else k}
+        return {"kernel": self.symmetrised(self.kernel)}
+
+    def symmetrised(self, weight: Tensor) -> Tensor:
+        return (weight + weight.flip(0).roll(1)) / 2 if self.symmetric else weight
 
     def _convolve(self, u: Tensor, t: Tensors | None, conjugate: bool) -> Tensor:
         kernel = (self.tensors() if t is None else t)["kernel"]

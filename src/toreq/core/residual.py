@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -40,7 +42,7 @@ def bind_block(block: nn.Module, x: Tensor | None) -> Bound:
     return Bound(shared=shared, batched={} if x is None else {"<x>": x})
 
 
-def call_block(block: nn.Module, bound: Bound, *args: Tensor) -> Tensor:
+def call_block(block: nn.Module, bound: Bound, *args: Any) -> Any:
     """The block as a function of its bound tensors."""
     if "<x>" in bound.batched:
         args = (*args, bound.batched["<x>"])

@@ -52,6 +52,7 @@ class OneSided(Contrastive):
     """
 
     name: ClassVar[str] = "onesided"
+    tolerance: float = 1e-3
 
     def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
         energy = _energy(free)
@@ -190,6 +191,7 @@ class Holomorphic(Contrastive):
 
     name: ClassVar[str] = "holomorphic"
     beta: float = 0.02
+    tolerance: float = 1e-3
     points: int = 4
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from toreq.core.state import Bindings, State, added, difference, dot, halves, no
 from toreq.errors import ConfigError
 
 
+@runtime_checkable
 class Problem(Protocol):
     """A map ``a -> field(activate(a))`` whose fixed point is wanted."""
 
@@ -168,8 +169,8 @@ class Solver(ABC):
     """
 
     max_steps: int = 100
-    tolerance: float = 1e-4
-    check_every: int = 2
+    tolerance: float = 3e-4
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         where = type(self).__name__

@@ -1,0 +1,122 @@
+"""Systems by name: creating, listing, and describing their options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from toreq import estimators, solvers
+from toreq.errors import ConfigError, nearest
+from toreq.estimators import Estimator
+from toreq.solvers import Solver
+from toreq.systems.base import System
+from toreq.systems.toreqprop import ARCHITECTURES
+
+_SYSTEMS: dict[str, dict[str, type[System]]] = {"toreqprop": ARCHITECTURES}
+"""System name -> architecture -> class; the first architecture is the default."""
+
+
+def names() -> list[str]:
+    """Names that :func:`create` accepts."""
+    return list(_SYSTEMS)
+
+
+def architectures(name: str) -> list[str]:
+    """The architectures of one system, the default first."""
+    return list(_find(name))
+
+
+def _find(name: str) -> dict[str, type[System]]:
+    if name not in _SYSTEMS:
+        raise ConfigError(f"systems.create: expected a system, got {name!r}; {nearest(name, names())}")
+    return _SYSTEMS[name]
+
+
+def _class(name: str, arch: str | None) -> type[System]:
+    known = _find(name)
+    arch = next(iter(known)) if arch is None else arch
+    if arch not in known:
+        raise ConfigError(f"systems.create: expected an arch of {name!r}, got {arch!r}; {nearest(arch, known)}")
+    return known[arch]
+
+
+def options(name: str, arch: str | None = None) -> dict[str, Any]:
+    """All legal options of a system's architecture with their defaults (``arch`` among them).
+
+    Args:
+        name: a system's name.
+        arch: the architecture; the default one when None.
+    """
+    parameters = inspect.signature(_class(name, arch)).parameters.values()
+    arch = architectures(name)[0] if arch is None else arch
+    return {"arch": arch, **{p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}}
+
+
+def create(
+    name: str,
+    input_shape: Sequence[int],
+    num_classes: int,
+    solver: Solver | str | None = None,
+    estimator: Estimator | str | None = None,
+    **chosen: Any,
+) -> System:
+    """A freshly initialised system, an ``nn.Module`` from ``(B, *input_shape)`` to logits ``(B, num_classes)``.
+
+    Weights are drawn from torch's default generator: call ``torch.manual_seed`` before.
+
+    Args:
+        name: see :func:`names`.
+        input_shape: shape of one example, e.g. ``(1, 28, 28)``.
+        num_classes: number of classes.
+        solver: overrides the shipped solver; an object, or a name of ``toreq.solvers.names()`` for its defaults.
+        estimator: overrides the shipped estimator; an object, or a name of ``toreq.estimators.names()``.
+        chosen: options, see :func:`options`; ``arch`` picks the architecture.
+
+    Raises:
+        ConfigError: for an unknown name or option (with the nearest valid one), or values out of range.
+    """
+    arch = chosen.pop("arch", None)
+    kind = _class(name, arch)
+    legal = options(name, arch)
+    for key in chosen:
+        if key not in legal:
+            raise ConfigError(
+                f"systems.create: expected options of {name!r} arch={legal['arch']!r}, got {key!r}; "
+                f"{nearest(key, legal)}"
+            )
+    extra: dict[str, Any] = {
+        "solver": _part("solver", solver, solvers.REGISTRY),
+        "estimator": _part("estimator", estimator, estimators.REGISTRY),
+    }
+    system = kind(tuple(input_shape), num_classes, **extra, **chosen)
+    described = {k: list(v) if isinstance(v, tuple) else v for k, v in {**legal, **chosen}.items()}
+    system.config = {
+        "name": name,
+        "input_shape": list(input_shape),
+        "num_classes": num_classes,
+        "solver": solver if isinstance(solver, str) else None,
+        "estimator": estimator if isinstance(estimator, str) else None,
+        "options": described,
+    }
+    return system
+
+
+def _part(what: str, value: Any, registry: dict[str, Any]) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value not in registry:
+        raise ConfigError(f"systems.create: expected a {what} by name, got {value!r}; {nearest(value, registry)}")
+    return registry[value]()
+
+
+def from_config(config: dict[str, Any]) -> System:
+    """A system as described by another one's ``config`` (solver and estimator objects are not part of it)."""
+    return create(
+        config["name"],
+        config["input_shape"],
+        config["num_classes"],
+        config.get("solver"),
+        config.get("estimator"),
+        **config["options"],
+    )
