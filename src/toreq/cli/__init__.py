@@ -12,6 +12,7 @@ from typing import Any
 from toreq import __version__
 
 OK, FAILURE, BAD_USAGE = 0, 1, 2
+LOG_WIDTH = 120
 
 DESCRIPTION = """Networks that settle: Equilibrium Propagation for PyTorch.
 
@@ -71,6 +72,9 @@ def _dispatch(arguments: list[str]) -> int:
         # tyro has printed the help (0) or what is wrong with the arguments (2).
         return stop.code if isinstance(stop.code, int) else BAD_USAGE
     console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        # Where nobody looks at a window (a log, a pipe) there is room for a whole table.
+        console = Console(highlight=False, width=LOG_WIDTH)
     return command.run(console, shlex.join(["toreq", *arguments]))
 
 

@@ -103,34 +103,32 @@ def _samples_per_second(config: Any) -> float:
 
 
 def _table(results: list[dict[str, Any]]) -> Any:
+    from rich import box
     from rich.table import Table
 
     from toreq.cli.train import number, percent
 
-    table = Table(title="results (MNIST)")
+    table = Table(title="EqProp beside backprop of the same widths, on the same images", box=box.SIMPLE_HEAD)
     table.add_column("system")
-    table.add_column("side")
-    for column in ("images", "accuracy", "s/epoch", "free", "nudged", "settled", "asym", "radius", "vs backprop"):
-        table.add_column(column, justify="right")
+    headings = ("images", "accuracy", "backprop", "s/epoch", "backprop", "free", "nudged", "settled", "asym", "radius")
+    for heading in headings:
+        table.add_column(heading, justify="right")
     twins = {line["label"]: line for line in results if line["side"] == "bp-ff"}
     for line in results:
         twin = twins[line["label"]]
-        against = ""
-        if line is not twin:
-            points = 100 * (line["test_accuracy"] - twin["test_accuracy"])
-            times = line["seconds_per_epoch"] / twin["seconds_per_epoch"]
-            against = f"{points:+.2f} points, {times:.1f}x time"
+        if line is twin:
+            continue
         table.add_row(
             line["label"],
-            line["side"],
             f"{line['train_examples'] * line['epochs']:,}",
             percent(line["test_accuracy"]),
+            percent(twin["test_accuracy"]),
             number(line["seconds_per_epoch"], 2),
+            number(twin["seconds_per_epoch"], 2),
             number(line["free_steps_mean"]),
             number(line["nudged_steps_mean"]),
             percent(line["converged_fraction"]),
             number(line["asym_mean"], 3),
             number(line["radius"], 2),
-            against,
         )
     return table

@@ -35,7 +35,7 @@ class Live:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not show,
+            disable=not (show and console.is_terminal),
             refresh_per_second=5,
         )
         self._console = console
