@@ -71,8 +71,8 @@ def identity_pair(g: torch.Generator) -> dict[str, Any]:
     nodes = [Node("a", 5, Identity()), Node("b", 3, Identity())]
     terms = [
         Drive("a", linear(4, 5, g)),
-        Lateral(Dense(5, 5, symmetric=True, scale=0.1, generator=g), "a"),
-        Bilinear(Dense(5, 3, scale=0.15, generator=g), "a", "b"),
+        Lateral(Dense(5, 5, symmetric=True, scale=0.08, generator=g), "a"),
+        Bilinear(Dense(5, 3, scale=0.11, generator=g), "a", "b"),
     ]
     return {"dynamics": Energy(nodes, terms), "input": (4,)}
 
@@ -83,8 +83,8 @@ def tanh_layers(g: torch.Generator) -> dict[str, Any]:
     terms = [
         Drive("h1", linear(4, 7, g)),
         Drive("out", linear(4, 3, g)),
-        Lateral(Dense(7, 7, symmetric=True, scale=0.12, generator=g), "h1"),
-        Bilinear(Dense(7, 5, scale=0.16, generator=g), "h1", "h2"),
+        Lateral(Dense(7, 7, symmetric=True, scale=0.1, generator=g), "h1"),
+        Bilinear(Dense(7, 5, scale=0.13, generator=g), "h1", "h2"),
         Bilinear(Dense(5, 3, scale=0.2, generator=g), "h2", "out"),
     ]
     return {"dynamics": Energy(nodes, terms), "input": (4,)}
@@ -115,9 +115,9 @@ def convolutional(g: torch.Generator) -> dict[str, Any]:
     ]
     terms = [
         Drive("c1", first),
-        Bilinear(Conv((2, 7, 6), 3, kernel=3, stride=2, padding=1, scale=0.1, generator=g), "c1", "c2"),
-        Bilinear(Conv((3, 4, 3), 2, kernel=2, padding=1, pool=2, scale=0.25, generator=g), "c2", "c3"),
-        Bilinear(Dense((2, 2, 2), 3, scale=0.2, generator=g), "c3", "out"),
+        Bilinear(Conv((2, 7, 6), 3, kernel=3, stride=2, padding=1, scale=0.07, generator=g), "c1", "c2"),
+        Bilinear(Conv((3, 4, 3), 2, kernel=2, padding=1, pool=2, scale=0.2, generator=g), "c2", "c3"),
+        Bilinear(Dense((2, 2, 2), 3, scale=0.15, generator=g), "c3", "out"),
     ]
     return {"dynamics": Energy(nodes, terms), "input": (1, 9, 8)}
 
@@ -174,8 +174,8 @@ def circulant(g: torch.Generator) -> dict[str, Any]:
     nodes = [Node("h", 6, Tanh()), Node("k", 6, Tanh())]
     terms = [
         Drive("h", linear(4, 6, g)),
-        Lateral(Circulant(6, symmetric=True, scale=0.1, generator=g), "h"),
-        Bilinear(Circulant(6, scale=0.12, generator=g), "h", "k"),
+        Lateral(Circulant(6, symmetric=True, scale=0.08, generator=g), "h"),
+        Bilinear(Circulant(6, scale=0.1, generator=g), "h", "k"),
         Spring("k", "h", IdentityOperator(6), strength=0.2),
     ]
     return {"dynamics": Energy(nodes, terms), "input": (4,)}
@@ -203,8 +203,8 @@ def relu(g: torch.Generator) -> dict[str, Any]:
     nodes = [Node("h", 8, ReLU()), Node("out", 4, Identity())]
     terms = [
         Drive("h", linear(4, 8, g)),
-        Bilinear(Dense(8, 4, scale=0.2, generator=g), "h", "out"),
-        Potential(Dense(8, 6, scale=0.2, generator=g), "h", phi="relu2"),
+        Bilinear(Dense(8, 4, scale=0.17, generator=g), "h", "out"),
+        Potential(Dense(8, 6, scale=0.15, generator=g), "h", phi="relu2"),
     ]
     return {"dynamics": Energy(nodes, terms), "input": (4,), "smooth": False}
 
