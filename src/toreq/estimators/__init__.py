@@ -1,6 +1,10 @@
 """Estimators: how a contrast of equilibria becomes a gradient."""
 
+import dataclasses
+from typing import Any
+
 from toreq.core.energy import Dynamics
+from toreq.errors import ConfigError, nearest
 from toreq.estimators.base import Contrastive, Estimate, Estimator, Statistics, Support
 from toreq.estimators.equilibrium_propagation import Centered, Holomorphic, OneSided
 from toreq.estimators.implicit import Implicit
@@ -16,6 +20,21 @@ REGISTRY: dict[str, type[Estimator]] = {
 def names() -> list[str]:
     """Names that ``create(..., estimator=name)`` accepts."""
     return sorted(REGISTRY)
+
+
+def create(name: str, **fields: Any) -> Estimator:
+    """A estimator by its name, with fields other than the shipped ones if given.
+
+    Raises:
+        ConfigError: for an unknown name or field, with the nearest valid one.
+    """
+    if name not in REGISTRY:
+        raise ConfigError(f"estimators.create: expected a estimator by name, got {name!r}; {nearest(name, REGISTRY)}")
+    legal = [f.name for f in dataclasses.fields(REGISTRY[name])]
+    for key in fields:
+        if key not in legal:
+            raise ConfigError(f"estimators.create: expected a field of {name!r}, got {key!r}; {nearest(key, legal)}")
+    return REGISTRY[name](**fields)
 
 
 def all_for(dynamics: Dynamics) -> list[tuple[str, Estimator]]:
@@ -39,5 +58,6 @@ __all__ = [
     "Support",
     "Unrolled",
     "all_for",
+    "create",
     "names",
 ]

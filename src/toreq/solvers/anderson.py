@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from toreq.solvers.base import Problem, Solver, require
 
 @dataclass
 class _History:
-    x: Tensor  # (B, R, n) past iterates
-    g: Tensor  # (B, R, n) their residuals
+    colours: list[frozenset[str]]
+    moved: frozenset[str]  # the nodes that the accelerated map moves
+    y: Tensor  # (B, R, n) where a damped step from each past iterate leads
+    g: Tensor  # (B, R, n) the residuals of these iterates
     gram: Tensor  # (B, R, R) inner products of the residuals
     valid: Tensor  # (B, R) slots that may be used
     best: Tensor  # (B,) smallest residual norm so far
@@ -28,17 +31,25 @@ class Anderson(Solver):
     .. math:: a \leftarrow \sum_r c_r\,(a_r + \gamma g_r), \quad c = \arg\min_{\sum c = 1}
               \Big\|\sum_r c_r g_r\Big\|^2 + \lambda\,\mathrm{tr}(G)\|c\|^2, \quad g = \mathrm{field} - a
 
+    With ``order="gauss_seidel"`` (default) the accelerated map is a block sweep over the colours of the node
+    graph, seen from
+    all nodes but the first colour's, which the sweep recomputes from the others: on a layered network half the
+    nodes are
+    eliminated and the map's radius is squared. One colour (a single node, or full lateral coupling) is the Jacobi map.
+
     Safeguarded: an example whose residual exceeds ``safeguard`` times its best so far forgets its history and takes one
     damped step. Only the newest row of the Gram matrix is computed each step; the R x R systems are solved in float64.
 
     Args:
         length: R, at least 2.
+        order: ``"gauss_seidel"`` or ``"jacobi"``.
         damping: mixing :math:`\gamma` in (0, 1].
         ridge: :math:`\lambda \ge 0`, relative to the trace of the Gram matrix.
         safeguard: growth of the residual at which an example restarts, above 1.
     """
 
     length: int = 5
+    order: Literal["jacobi", "gauss_seidel"] = "gauss_seidel"
     damping: float = 1.0
     ridge: float = 1e-8
     safeguard: float = 4.0
@@ -46,15 +57,21 @@ class Anderson(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         require("Anderson", "length", self.length, self.length >= 2, "an integer >= 2", "try 5")
+        orders = ("jacobi", "gauss_seidel")
+        require("Anderson", "order", self.order, self.order in orders, f"one of {orders}", "choose one")
         require("Anderson", "damping", self.damping, 0 < self.damping <= 1, "in (0, 1]", "try 1")
         require("Anderson", "ridge", self.ridge, self.ridge >= 0, ">= 0", "try 1e-8")
         require("Anderson", "safeguard", self.safeguard, self.safeguard > 1, "> 1", "try 4")
 
     def begin(self, problem: Problem, a: State, h: State) -> _History:
-        flat = _flatten(a)
+        colours = problem.colours() if self.order == "gauss_seidel" else [frozenset(a)]
+        moved = frozenset(a) if len(colours) == 1 else frozenset(a) - colours[0]
+        flat = _flatten({n: t for n, t in a.items() if n in moved})
         size, n = flat.shape
         real = flat.abs().dtype
         return _History(
+            colours,
+            moved,
             flat.new_zeros(size, self.length, n),
             flat.new_zeros(size, self.length, n),
             flat.new_zeros(size, self.length, self.length),
@@ -63,24 +80,36 @@ class Anderson(Solver):
         )
 
     def step(self, problem: Problem, a: State, h: State, carry: _History) -> tuple[State, State, State]:
-        field = problem.field(h)
-        x = _flatten(a)
-        g = _flatten({n: field[n] for n in a}) - x
-        c = self._coefficients(g, x, carry)
-        new = torch.einsum("br,brn->bn", c, carry.x)
-        new = new + self.damping * torch.einsum("br,brn->bn", c, carry.g)
-        a = _unflatten(new, a)
-        return a, problem.activate(a), field
+        field, swept = self._sweep(problem, a, h, carry)
+        before = {n: t for n, t in a.items() if n in carry.moved}
+        x, f = _flatten(before), _flatten({n: field[n] for n in before})
+        y = f if self.damping == 1 else torch.lerp(x, f, self.damping)
+        c = self._coefficients(f - x, y, carry)
+        new = _unflatten(torch.bmm(c[:, None, :], carry.y)[:, 0], before)
+        h = {**swept, **problem.activate(new)}
+        return {n: new.get(n, field[n]) for n in a}, {n: h[n] for n in a}, field
 
-    def _coefficients(self, g: Tensor, x: Tensor, carry: _History) -> Tensor:
+    @staticmethod
+    def _sweep(problem: Problem, a: State, h: State, carry: _History) -> tuple[State, State]:
+        if len(carry.colours) == 1:
+            return problem.field(h), {}
+        h, field = dict(h), {}
+        for i, colour in enumerate(carry.colours):
+            part = problem.field(h, colour)
+            field.update(part)
+            if i < len(carry.colours) - 1:  # nobody reads the last colour before the extrapolation replaces it
+                h.update(problem.activate(part))
+        return field, {n: h[n] for n in a if n not in carry.moved}
+
+    def _coefficients(self, g: Tensor, y: Tensor, carry: _History) -> Tensor:
         size = torch.linalg.vector_norm(g, dim=1)
         grown = size > self.safeguard * carry.best
         carry.best = torch.where(grown, size, torch.minimum(carry.best, size))
         i = carry.head
         carry.valid = carry.valid & ~grown[:, None]
         carry.valid[:, i] = True
-        carry.x[:, i], carry.g[:, i] = x, g
-        row = torch.einsum("brn,bn->br", carry.g, g.conj())
+        carry.y[:, i], carry.g[:, i] = y, g
+        row = torch.bmm(carry.g, g.conj()[:, :, None])[:, :, 0]
         carry.gram[:, i, :], carry.gram[:, :, i] = row.conj(), row
         carry.head = (i + 1) % self.length
         mask = carry.valid

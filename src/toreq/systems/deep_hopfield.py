@@ -76,7 +76,7 @@ class DeepHopfield(System):
             if own is not None:
                 control_norm(lateral, own)
             couplings.append(Lateral(lateral, "h1", gate))
-        solver = Anderson() if solver is None else solver
+        solver = Anderson(tolerance=1e-3) if solver is None else solver
         head = nn.Linear(widths[-1], num_classes) if output == "head" else nn.Identity()
         self.assemble(Energy(nodes, couplings), solver, estimator, head)
 
@@ -161,7 +161,7 @@ class ConvHopfield(System):
                 control_norm(lateral, own)
             couplings.append(Lateral(lateral, "h1", gate))
         nodes = [Node(f"h{i + 1}", s, activation(nonlinearity)) for i, s in enumerate(shapes)]
-        solver = Anderson() if solver is None else solver
+        solver = Anderson(tolerance=1e-3) if solver is None else solver
         head = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shapes[-1]), num_classes))
         self.assemble(Energy(nodes, couplings), solver, estimator, head)
 

@@ -154,7 +154,7 @@ class LoopedTransformer(System):
                 control_norm(lateral, share)
             couplings.append(Lateral(lateral, "tokens", gate))
         nodes = [Node("tokens", (embed.count, features), LayerNorm(features))]
-        solver = Anderson() if solver is None else solver
+        solver = Anderson(tolerance=1e-3) if solver is None else solver
         self.assemble(Energy(nodes, couplings), solver, estimator, MeanHead(features, num_classes))
 
     def check_dtype(self, x: Tensor) -> None:

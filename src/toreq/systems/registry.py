@@ -86,8 +86,8 @@ def create(
                 f"{nearest(key, legal)}"
             )
     extra: dict[str, Any] = {
-        "solver": _part("solver", solver, solvers.REGISTRY),
-        "estimator": _part("estimator", estimator, estimators.REGISTRY),
+        "solver": solvers.create(solver) if isinstance(solver, str) else solver,
+        "estimator": estimators.create(estimator) if isinstance(estimator, str) else estimator,
     }
     system = kind(tuple(input_shape), num_classes, **extra, **chosen)
     described = {k: list(v) if isinstance(v, tuple) else v for k, v in {**legal, **chosen}.items()}
@@ -100,14 +100,6 @@ def create(
         "options": described,
     }
     return system
-
-
-def _part(what: str, value: Any, registry: dict[str, Any]) -> Any:
-    if not isinstance(value, str):
-        return value
-    if value not in registry:
-        raise ConfigError(f"systems.create: expected a {what} by name, got {value!r}; {nearest(value, registry)}")
-    return registry[value]()
 
 
 def from_config(config: dict[str, Any]) -> System:
