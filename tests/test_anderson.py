@@ -62,7 +62,8 @@ def test_iterates_are_those_of_the_definition(length: int, damping: float) -> No
     """More steps than slots, so that the ring wraps; a ridge large enough to be seen."""
     c, ridge, steps = case("tanh_layers"), 1e-3, 9
     seen: list[Tensor] = []
-    solver = Anderson(length=length, damping=damping, ridge=ridge, safeguard=1e9, tolerance=0.0, max_steps=steps)
+    options = {"ridge": ridge, "safeguard": 1e9, "tolerance": 0.0, "max_steps": steps}
+    solver = Anderson(length=length, damping=damping, order="jacobi", **options)  # type: ignore[arg-type]
     c.layer(solver=solver).solve(c.x, callback=lambda s: seen.append(_flat(s.state)))
     with torch.no_grad():
         bindings = c.dynamics.bind(c.x)

@@ -72,8 +72,8 @@ def _compare(layer: Equilibrium, wanted: dict[int, Tensor], tolerance: float) ->
     assert seen > 0
 
 
-def _run(dynamics: Dynamics, x: Tensor, estimator: Any) -> tuple[Equilibrium, Tensor]:
-    layer = Equilibrium(dynamics, FixedPoint(damping=0.5, max_steps=1000, tolerance=1e-6), estimator)
+def _run(dynamics: Dynamics, x: Tensor, estimator: Any, tolerance: float = 1e-6) -> tuple[Equilibrium, Tensor]:
+    layer = Equilibrium(dynamics, FixedPoint(damping=0.5, max_steps=3000, tolerance=tolerance), estimator)
     gradients(layer, x, quadratic())
     out = layer(x).detach().requires_grad_()
     (v,) = torch.autograd.grad(quadratic()(out), out)
@@ -116,7 +116,8 @@ def test_one_sided_update_is_local(name: str) -> None:
     c = case(name)
     energy = c.dynamics
     assert isinstance(energy, Energy)
-    layer, v = _run(energy, c.x, OneSided())
+    # tightly settled: the estimator refines the free state before it nudges
+    layer, v = _run(energy, c.x, OneSided(), tolerance=1e-14)
     shipped = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
     free, nudged = layer.solve(c.x), layer.solve_nudged(c.x, v)
     assert layer.last.nudged is not None
@@ -125,7 +126,7 @@ def test_one_sided_update_is_local(name: str) -> None:
     wanted = _contrast(energy, c.x, (nudged.state, nudged.h), (free.state, free.h), 1 / beta)
     for n, p in layer.named_parameters():
         p.grad = shipped.get(n)
-    _compare(layer, wanted, 1e-9)
+    _compare(layer, wanted, 1e-7)
 
 
 @pytest.mark.parametrize("name", ["residual_loop", "residual_chain"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from toreq.errors import ConfigError, ConvergenceWarning, DivergenceError
 from toreq.estimators import Centered, Estimator, NonConservative, Predictive, Statistics, Unrolled
 from toreq.estimators.base import Cost, FreePhase, LinearNudge
 from toreq.settle import Settle, full_precision
-from toreq.solvers import Anderson, Fading, FixedPoint, Relaxation, Solution, Solver, Step
+from toreq.solvers import Fading, FixedPoint, Relaxation, Solution, Solver, Step
 
 
 @dataclass
@@ -85,10 +85,6 @@ class Equilibrium(nn.Module):
         support = estimator.supports(self.dynamics)
         if not support:
             raise ConfigError(f"Equilibrium: expected an estimator that supports this network; {support.reason}")
-        if estimator.unrolls and isinstance(self._solver, Anderson):
-            raise ConfigError(
-                "Equilibrium: expected a fixed-point solver with Unrolled, got Anderson; pass solver=FixedPoint()"
-            )
         return estimator
 
     @property
@@ -113,12 +109,7 @@ class Equilibrium(nn.Module):
                 "changes "
                 "the energy; build a new layer"
             )
-        old, self._solver = self._solver, value
-        try:
-            self._checked(self._estimator)
-        except ConfigError:
-            self._solver = old
-            raise
+        self._solver = value
 
     def __getstate__(self) -> dict[str, Any]:
         # statistics belong to a process's latest batch; a pickled or copied layer starts without
@@ -187,9 +178,7 @@ class Equilibrium(nn.Module):
         return value
 
     def _unrolled(self, bindings: Bindings, estimator: Unrolled) -> State:
-        solver = self._solver
-        if estimator.steps is not None:
-            solver = replace(solver, max_steps=estimator.steps, tolerance=0.0)
+        solver = estimator.loop(self._solver)
         with full_precision(bindings):
             problem = Relaxation(self.dynamics, bindings, as_map=True)
             solution = solver.solve(problem, self.dynamics.initial(bindings))

@@ -48,8 +48,8 @@ class OneSided(Contrastive):
     r"""One nudged phase (Scellier and Bengio 2017):
     :math:`\tfrac1\beta[\partial_\theta E(h^\beta) - \partial_\theta E(h^0)]`, error :math:`O(\beta)`.
 
-    The free phase's own residual enters this contrast (it cancels in a centered one), so the free phase is first settled
-    further, to ``tolerance`` times the response. There is no asymmetry to measure.
+    The free phase's own residual enters this contrast (it cancels in a centered one), so the free phase is first
+    settled further, to ``tolerance`` times the response. There is no asymmetry to measure.
     """
 
     name: ClassVar[str] = "onesided"

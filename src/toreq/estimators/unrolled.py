@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from toreq.core.energy import Dynamics
 from toreq.estimators.base import Estimate, Estimator, FreePhase, Nudge, Support
-from toreq.solvers.base import require
+from toreq.solvers.base import Solver, require
+from toreq.solvers.fixed_point import FixedPoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unrolled(Estimator):
     """Autograd through the loop (BPTT): exact for the loop as run, memory grows with its steps.
 
-    The forward relaxation itself is recorded, so double backward works. Fixed-point solvers only.
+    The forward relaxation itself is recorded, so double backward works. The loop is the plain iteration: an accelerated
+    solver is replaced by :class:`~toreq.solvers.FixedPoint` of the same damping, tolerance and step limit.
 
     Args:
         steps: run exactly this many; the solver's own stopping rule when None.
@@ -27,6 +29,14 @@ class Unrolled(Estimator):
     def __post_init__(self) -> None:
         ok = self.steps is None or self.steps >= 1
         require("Unrolled", "steps", self.steps, ok, "None or an integer >= 1", "try 30")
+
+    def loop(self, solver: Solver) -> FixedPoint:
+        """The iteration that is recorded in place of ``solver``."""
+        if not isinstance(solver, FixedPoint):
+            solver = FixedPoint(
+                damping=getattr(solver, "damping", 1.0), tolerance=solver.tolerance, max_steps=solver.max_steps
+            )
+        return solver if self.steps is None else replace(solver, max_steps=self.steps, tolerance=0.0)
 
     def supports(self, dynamics: Dynamics) -> Support:
         return Support(True)

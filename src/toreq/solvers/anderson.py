@@ -22,6 +22,7 @@ class _History:
     valid: Tensor  # (B, R) slots that may be used
     best: Tensor  # (B,) smallest residual norm so far
     head: int = 0
+    used: int = 0  # slots written so far; the others hold no numbers yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,8 @@ class Anderson(Solver):
         return _History(
             colours,
             moved,
-            flat.new_zeros(size, self.length, n),
-            flat.new_zeros(size, self.length, n),
+            flat.new_empty(size, self.length, n),
+            flat.new_empty(size, self.length, n),
             flat.new_zeros(size, self.length, self.length),
             torch.zeros(size, self.length, dtype=torch.bool, device=flat.device),
             torch.full((size,), torch.inf, dtype=real, device=flat.device),
@@ -85,7 +86,7 @@ class Anderson(Solver):
         x, f = _flatten(before), _flatten({n: field[n] for n in before})
         y = f if self.damping == 1 else torch.lerp(x, f, self.damping)
         c = self._coefficients(f - x, y, carry)
-        new = _unflatten(torch.bmm(c[:, None, :], carry.y)[:, 0], before)
+        new = _unflatten(torch.bmm(c[:, None, :], carry.y[:, : carry.used])[:, 0], before)
         h = {**swept, **problem.activate(new)}
         return {n: new.get(n, field[n]) for n in a}, {n: h[n] for n in a}, field
 
@@ -106,23 +107,24 @@ class Anderson(Solver):
         grown = size > self.safeguard * carry.best
         carry.best = torch.where(grown, size, torch.minimum(carry.best, size))
         i = carry.head
+        carry.head, carry.used = (i + 1) % self.length, min(carry.used + 1, self.length)
+        k = carry.used
         carry.valid = carry.valid & ~grown[:, None]
         carry.valid[:, i] = True
         carry.y[:, i], carry.g[:, i] = y, g
-        row = torch.bmm(carry.g, g.conj()[:, :, None])[:, :, 0]
-        carry.gram[:, i, :], carry.gram[:, :, i] = row.conj(), row
-        carry.head = (i + 1) % self.length
-        mask = carry.valid
-        both = mask[:, :, None] & mask[:, None, :]
+        row = torch.bmm(carry.g[:, :k], g.conj()[:, :, None])[:, :, 0]
+        carry.gram[:, i, :k], carry.gram[:, :k, i] = row.conj(), row
+        mask = carry.valid[:, :k]
+        if k == 1:
+            return mask.to(g.dtype)
         wide = torch.complex128 if g.is_complex() else torch.float64
-        gram = torch.where(both, carry.gram, torch.zeros_like(carry.gram)).to(wide)
+        gram = carry.gram[:, :k, :k].to(wide) * (mask[:, :, None] & mask[:, None, :])
         trace = gram.diagonal(dim1=1, dim2=2).real.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
         # normalised, so that the ridge is relative; unused slots get a unit row and no weight
-        gram = gram / trace[:, None, None] + torch.diag_embed((self.ridge + (~mask).double()).to(wide))
-        gram = gram + 1e-14 * torch.eye(self.length, dtype=wide, device=g.device)
+        gram = gram / trace[:, None, None]
+        gram.diagonal(dim1=1, dim2=2).add_(self.ridge + 1e-14 + (~mask).double())
         # solve_ex: an overflowed example must not raise for the whole batch
-        c = torch.linalg.solve_ex(gram, mask.to(wide)[:, :, None])[0][:, :, 0]
-        c = torch.where(mask, c, torch.zeros_like(c))
+        c = torch.linalg.solve_ex(gram, mask.to(wide)[:, :, None])[0][:, :, 0] * mask
         return (c / c.sum(1, keepdim=True)).to(g.dtype)
 
 
