@@ -82,15 +82,15 @@ def cast(bindings: Bindings, dtype: torch.dtype) -> Bindings:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product per example, without conjugation: ``(B, ...), (B, ...) -> (B,)``."""
-    return (a * b).flatten(1).sum(1)
+    return (a * b).sum(dim=tuple(range(1, a.dim())))
 
 
 def sum_squares(state: State) -> Tensor:
     """Squared Euclidean norm per example over all nodes: ``(B,)``, real."""
     total: Tensor | None = None
     for t in state.values():
-        flat = t.flatten(1)
-        n = torch.linalg.vector_norm(flat, dim=1).square()
+        # not flatten(1): that would copy a channels-last state
+        n = torch.linalg.vector_norm(t, dim=tuple(range(1, t.dim()))).square()
         total = n if total is None else total + n
     if total is None:
         raise ValueError("sum_squares: expected at least one node, got an empty state; give the network a node")

@@ -16,6 +16,7 @@ from toreq.solvers.base import Problem, Solver, require
 class _History:
     colours: list[frozenset[str]]
     moved: frozenset[str]  # the nodes that the accelerated map moves
+    last: frozenset[str]  # nodes kept in channels-last order
     y: Tensor  # (B, R, n) where a damped step from each past iterate leads
     g: Tensor  # (B, R, n) the residuals of these iterates
     gram: Tensor  # (B, R, R) inner products of the residuals
@@ -67,12 +68,14 @@ class Anderson(Solver):
     def begin(self, problem: Problem, a: State, h: State) -> _History:
         colours = problem.colours() if self.order == "gauss_seidel" else [frozenset(a)]
         moved = frozenset(a) if len(colours) == 1 else frozenset(a) - colours[0]
-        flat = _flatten({n: t for n, t in a.items() if n in moved})
+        last = frozenset(n for n, t in a.items() if _channels_last(t))
+        flat = _flatten({n: t for n, t in a.items() if n in moved}, last)
         size, n = flat.shape
         real = flat.abs().dtype
         return _History(
             colours,
             moved,
+            last,
             flat.new_empty(size, self.length, n),
             flat.new_empty(size, self.length, n),
             flat.new_zeros(size, self.length, self.length),
@@ -83,10 +86,10 @@ class Anderson(Solver):
     def step(self, problem: Problem, a: State, h: State, carry: _History) -> tuple[State, State, State]:
         field, swept = self._sweep(problem, a, h, carry)
         before = {n: t for n, t in a.items() if n in carry.moved}
-        x, f = _flatten(before), _flatten({n: field[n] for n in before})
+        x, f = _flatten(before, carry.last), _flatten({n: field[n] for n in before}, carry.last)
         y = f if self.damping == 1 else torch.lerp(x, f, self.damping)
         c = self._coefficients(f - x, y, carry)
-        new = _unflatten(torch.bmm(c[:, None, :], carry.y[:, : carry.used])[:, 0], before)
+        new = _unflatten(torch.bmm(c[:, None, :], carry.y[:, : carry.used])[:, 0], before, carry.last)
         h = {**swept, **problem.activate(new)}
         return {n: new.get(n, field[n]) for n in a}, {n: h[n] for n in a}, field
 
@@ -128,12 +131,22 @@ class Anderson(Solver):
         return (c / c.sum(1, keepdim=True)).to(g.dtype)
 
 
-def _flatten(a: State) -> Tensor:
-    parts = [t.flatten(1) for t in a.values()]
+def _channels_last(t: Tensor) -> bool:
+    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def _flatten(a: State, last: frozenset[str]) -> Tensor:
+    """All nodes as one vector per example; the nodes in ``last`` in channels-last order, which for them is a view."""
+    parts = [(t.permute(0, 2, 3, 1) if n in last else t).flatten(1) for n, t in a.items()]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _unflatten(flat: Tensor, like: State) -> State:
-    sizes = [t[0].numel() for t in like.values()]
-    parts = flat.split(sizes, 1)
-    return {n: p.reshape(t.shape) for (n, t), p in zip(like.items(), parts, strict=True)}
+def _unflatten(flat: Tensor, like: State, last: frozenset[str]) -> State:
+    out: State = {}
+    for (n, t), p in zip(like.items(), flat.split([t[0].numel() for t in like.values()], 1), strict=True):
+        if n in last:
+            b, c, height, width = t.shape
+            out[n] = p.reshape(b, height, width, c).permute(0, 3, 1, 2)
+        else:
+            out[n] = p.reshape(t.shape)
+    return out
