@@ -363,13 +363,16 @@ def test_asymmetry_halves_beta_only_where_it_is_needed() -> None:
 def test_halving_in_a_batch_is_that_of_the_example_alone() -> None:
     energy, x = _kinked_pair()
     layer = Equilibrium(energy, TIGHT, Centered(max_halvings=3))
+    batch = torch.cat([x, x * 1.7, x.flip(0)])
+    weight = torch.arange(1.0, 7.0, dtype=torch.float64)
 
-    def loss(out: Tensor) -> Tensor:
-        return out[:, 1].sum()
-
-    together = gradients(layer, torch.cat([x, x * 1.7, x.flip(0)]), loss)["x"]
-    alone = torch.cat([gradients(layer, t[None], loss)["x"] for t in torch.cat([x, x * 1.7, x.flip(0)])])
-    torch.testing.assert_close(together, alone)
+    together = gradients(layer, batch, lambda out: (weight * out[:, 1]).sum())["x"]
+    alone = [
+        gradients(layer, t[None], lambda out, w=w: (w * out[:, 1]).sum())["x"]
+        for t, w in zip(batch, weight, strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone))
+    torch.testing.assert_close(together[:, 1], weight)
 
 
 def test_saturated_units_are_nudged_all_the_same() -> None:

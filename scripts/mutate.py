@@ -1,0 +1,225 @@
+"""Plant defects in a copy of toreq and count how many the tests catch: a test that cannot fail proves nothing.
+
+    python scripts/mutate.py                 # all defects
+    python scripts/mutate.py --only adjoint  # those whose name contains a word
+    python scripts/mutate.py --list
+
+Each defect is one textual patch. The oracle tests run on the patched copy and stop at the first failure; a defect that no
+test notices has survived, and the script exits with 1. Before that they run on an unpatched copy: tests that fail there
+would "catch" everything, so they are named and the script stops, unless ``--allow-failing`` takes them out.
+"""
+# ruff: noqa: E501 - one defect a line reads as a table
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITE = (
+    "test_nodes",
+    "test_operators",
+    "test_couplings",
+    "test_ring",
+    "test_energy",
+    "test_solvers",
+    "test_anderson",
+    "test_locality",
+    "test_estimators",
+    "test_orders",
+    "test_layer",
+    "test_wrap",
+    "test_norm_control",
+)
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One textual patch of one file, with the test modules most likely to notice it first."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    first: tuple[str, ...]
+
+
+class StaleDefect(Exception):
+    """The text that a defect replaces is no longer in the source, or is there more than once."""
+
+
+def _d(name: str, file: str, old: str, new: str, *first: str) -> Defect:
+    return Defect(name, file, old, new, first)
+
+
+_EP = "estimators/equilibrium_propagation.py"
+_COUPLINGS = "core/couplings.py"
+_BASE = "solvers/base.py"
+
+DEFECTS: tuple[Defect, ...] = (
+    # the contrast
+    _d("contrast: wrong sign", "core/energy.py", "plus[1], minus[1], -weight,", "plus[1], minus[1], weight,", "test_energy"),
+    _d("centered: factor 1/2 missing", _EP, "0.5 / beta, free.bindings", "1.0 / beta, free.bindings", "test_estimators"),
+    _d("one-sided: factor 2", _EP, "(free.a, free.h), 1 / beta,", "(free.a, free.h), 2 / beta,", "test_estimators"),
+    _d("nudge: wrong sign", "estimators/base.py", "scaled(nudge.cotangent(h), -signed_beta)", "scaled(nudge.cotangent(h), signed_beta)", "test_estimators"),
+    _d("nonconservative: factor 1/2 missing", "estimators/nonconservative.py", "weight = -0.5 / beta", "weight = -1.0 / beta", "test_estimators"),
+    _d("nonconservative: correction has the wrong sign", "estimators/nonconservative.py", "return difference(transpose(dh), forward(dh))", "return difference(forward(dh), transpose(dh))", "test_orders"),
+    _d("holomorphic: points off by half a step", _EP, "+ math.pi / self.points", "+ 0.1 * math.pi / self.points", "test_orders"),
+    _d("holomorphic: wrong normalisation", _EP, "2 / (self.points * beta)", "1 / (self.points * beta)", "test_estimators"),
+    _d("predictive: wrong sign", "estimators/predictive.py", '-1 / beta)["e"]', '1 / beta)["e"]', "test_locality"),
+    _d("predictive: error not sent back", "estimators/predictive.py", "if c.source == n:", "if c.source == n and c.node != n:", "test_estimators"),
+    _d("implicit: missing sigma'", "estimators/implicit.py", "return self.free.dynamics.derivative(self.free.a, self.free.h, wanted, self.free.bindings)", "return wanted", "test_estimators"),
+    _d("implicit: Jacobian instead of its transpose", "estimators/implicit.py", "self.transpose, _ = field_products(free.dynamics, free.h, free.bindings)", "_, self.transpose = field_products(free.dynamics, free.h, free.bindings, both=True)", "test_estimators"),
+    _d("beta: one for the whole batch", "estimators/base.py", "beta = self.beta * norm(free.h) / direct", "beta = (self.beta * norm(free.h) / direct).mean().expand_as(direct)", "test_estimators"),
+    _d("nudged phase: tolerance relative to the state", _BASE, "ratio = _ratio(difference(r1, r2), difference(a1, a2))", "ratio = _ratio(difference(r1, r2), a1)", "test_estimators"),
+    _d("asymmetry: odd part instead of even", _EP, "(t - h0[n]) + (minus[n] - h0[n])", "(t - h0[n]) - (minus[n] - h0[n])", "test_estimators"),
+    _d("halving: examples mixed up", _EP, "again = self._pair(part, _selected_nudge(nudge, free.h, worst)", "again = self._pair(part, _selected_nudge(nudge, free.h, worst.flip(0))", "test_estimators"),
+    _d("halving: bindings of other examples", "core/state.py", "lambda t: t.index_select(0, index)) for name, b", "lambda t: t[: len(index)]) for name, b", "test_estimators"),
+    # the layer
+    _d("layer: cotangent of the second read-out ignored", "settle.py", "zip(layer.readout, cotangents, strict=True) if c is not None", "zip(layer.readout[:1], cotangents[:1], strict=True) if c is not None", "test_layer"),
+    _d("layer: cost gradient not divided by the batch", "settle.py", "factor = cotangents[0] / size if", "factor = cotangents[0] if", "test_estimators"),
+    _d("layer: double backward not refused", "settle.py", "if torch.is_grad_enabled():", "if False:", "test_layer"),
+    _d("layer: outputs share storage with the kept state", "settle.py", "solution.h[n].clone() for n in layer.readout", "solution.h[n].view_as(solution.h[n]) for n in layer.readout", "test_layer"),
+    _d("layer: recurrent torus without its self-coupling", "layer.py", "SelfCoupling(n, strength) for n", "SelfCoupling(n, 0.0) for n", "test_solvers"),
+    # solvers and memory
+    _d("fixed point: damping the wrong way round", "solvers/fixed_point.py", "torch.lerp(a, f, self.damping)", "torch.lerp(f, a, self.damping)", "test_solvers"),
+    _d("gauss-seidel: reads stale nodes", "solvers/fixed_point.py", "h.update(problem.activate({n: a[n] for n in colour}))", "pass\n        h = problem.activate(a)", "test_solvers"),
+    _d("frozen examples: batch mix-up", _BASE, "torch.where(per_example(done, x), final[n], x)", "torch.where(per_example(done.flip(0), x), final[n], x)", "test_solvers"),
+    _d("frozen examples: not frozen", _BASE, "if any_done else a\n", "if False else a\n", "test_solvers"),
+    _d("convergence: decided by the batch", _BASE, "done = done | (ratio <= self.tolerance)", "done = done | (ratio <= self.tolerance).any()", "test_solvers"),
+    _d("anderson: wrong normalisation", "solvers/anderson.py", "(c / c.sum(1, keepdim=True))", "(c / c.abs().sum(1, keepdim=True))", "test_anderson"),
+    _d("anderson: ring off by one", "solvers/anderson.py", "(i + 1) % self.length, min", "(i + 1) % (self.length - 1), min", "test_anderson"),
+    _d("anderson: safeguard keeps the history", "solvers/anderson.py", "carry.valid = carry.valid & ~grown[:, None]", "carry.valid = carry.valid.clone()", "test_anderson"),
+    _d("ring: off by one", "memory/ring.py", "(self._head - age) % self.length", "(self._head - age - 1) % self.length", "test_ring"),
+    _d("ring: fading sum keeps the oldest", "memory/ring.py", "self._last * oldest", "0 * oldest", "test_ring"),
+    # energies, couplings, operators, nodes
+    _d("bilinear: missing adjoint", _COUPLINGS, "h[self.post], bound.shared)\n\n    def gradient", "0 * h[self.post], bound.shared)\n\n    def gradient", "test_couplings"),
+    _d("bilinear: half of the contrast dropped", _COUPLINGS, "torch.cat([m[self.pre], d[self.pre]])", "torch.cat([m[self.pre], 0 * d[self.pre]])", "test_couplings"),
+    _d("drive: examples weighted alike", _COUPLINGS, 'return {"drive": d * per_example(weight, d)}', 'return {"drive": d * weight.mean()}', "test_couplings"),
+    _d("gate: half of its gradient dropped", _COUPLINGS, "wd * self.op(g * m, bound.shared) + m * self.op(g * wd, bound.shared)", "2 * wd * self.op(g * m, bound.shared)", "test_couplings"),
+    _d("gate: gradient dropped", _COUPLINGS, 'grads["gate"] = wd', 'grads["gate"] = 0 * wd', "test_couplings"),
+    _d("potential: bias learns from the mean", _COUPLINGS, 'grads["bias"] = dp.', 'grads["bias"] = mp.', "test_couplings"),
+    _d("spring: one side pushes", _COUPLINGS, "return {self.a: -pull,", "return {self.a: pull,", "test_couplings"),
+    _d("attention: part through the keys missing", "core/attention.py", "p.transpose(-1, -2) @ q, bound)", "0 * q, bound)", "test_couplings"),
+    _d("residual: part through the Jacobian missing", "core/residual.py", "{self.node: out + g}", "{self.node: out}", "test_couplings"),
+    _d("layer norm: gain and bias not learnt", "core/energy.py", "if not bound.shared:\n            return {}", "if True:\n            return {}", "test_energy"),
+    _d("layer norm: direct part of the adjoint gradient dropped", "core/energy.py", "total = total + (t.detach() *", "total = total + 0 * (t.detach() *", "test_estimators"),
+    _d("dense: symmetric weight not symmetrised", "core/operators.py", "return (weight + weight.T) / 2 if self.symmetric else weight", "return weight", "test_operators"),
+    _d("conv: adjoint without padding", "core/operators.py", "padding=self.padding,\n            output_padding=self.output_padding", "padding=0,\n            output_padding=0", "test_operators"),
+    _d("conv: adjoint of the pooling too large", "core/operators.py", "w = (w / pool**2)", "w = (w / pool)", "test_operators"),
+    _d("circulant: adjoint is the operator itself", "core/operators.py", "return self._convolve(w, t, conjugate=True)", "return self._convolve(w, t, conjugate=False)", "test_operators"),
+    _d("tanh: wrong derivative", "core/nodes.py", "return w * (1 - h * h)", "return w * (1 - h.abs())", "test_nodes"),
+    _d("softmax: derivative without its rank-one part", "core/nodes.py", "return h * (w - (h * w).sum(-1, keepdim=True))", "return h * w", "test_nodes"),
+    _d("hard sigmoid: wrong potential", "core/nodes.py", "return (h * (a - 0.5 * h))", "return (h * (a - h))", "test_nodes"),
+    _d("radius: sigma' missing", "core/spectral.py", "v = dynamics.derivative(a, h, transpose(v), bindings)", "v = transpose(v)", "test_energy"),
+    _d("norm control: small weights blown up", "core/norm_control.py", "self.bound / sigma.clamp_min(self.bound)", "self.bound / sigma", "test_norm_control"),
+)  # fmt: skip
+
+
+def patch(package: Path, defect: Defect) -> None:
+    """Plant a defect in the package at `package`."""
+    file = package / defect.file
+    text = file.read_text()
+    if text.count(defect.old) != 1:
+        raise StaleDefect(f"{defect.name}: expected {defect.old!r} once in {defect.file}, got {text.count(defect.old)}")
+    file.write_text(text.replace(defect.old, defect.new))
+
+
+def copy_package(folder: Path) -> Path:
+    """A copy of the package without its data, which these tests do not read."""
+    target = folder / "src" / "toreq"
+    shutil.copytree(ROOT / "src" / "toreq", target, ignore=shutil.ignore_patterns("__pycache__", "*.gz"))
+    return target
+
+
+def run_tests(package: Path, tests: Iterable[str], extra: Sequence[str] = ()) -> tuple[int, list[str]]:
+    """Run test modules on the package at `package`; the exit code and the names of the tests that failed."""
+    source = package.parent
+    files = [str(ROOT / "tests" / f"{name}.py") if "::" not in name else str(ROOT / "tests" / name) for name in tests]
+    environment = {**os.environ, "TOREQ_TYPECHECK": "0", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["PYTHONPATH"] = str(source)
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    command += ["-o", f"pythonpath={source} {ROOT / 'tests'}", "--rootdir", str(ROOT), *extra, *files]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+(?:\[[^\n]*?\])?)(?= - |$)", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1):
+        failed.append(f"pytest exit code {done.returncode}: {(done.stdout + done.stderr).strip().splitlines()[-1:]}")
+    return done.returncode, failed
+
+
+def catch(defect: Defect, skip: Sequence[str] = ()) -> str | None:
+    """The first test that notices the defect, or None when it survives the whole suite."""
+    with tempfile.TemporaryDirectory(prefix="toreq-mutate-") as folder:
+        package = copy_package(Path(folder))
+        patch(package, defect)
+        extra = ["-x", *(f"--deselect={name}" for name in skip)]
+        rest = [name for name in SUITE if name not in defect.first]
+        for tests in (defect.first, rest):
+            code, failed = run_tests(package, tests, extra)
+            if code != 0:
+                return failed[0] if failed else f"pytest exit code {code}"
+    return None
+
+
+def baseline(allow_failing: bool) -> list[str]:
+    """Tests that fail without any defect; they must be none, or are taken out."""
+    with tempfile.TemporaryDirectory(prefix="toreq-mutate-") as folder:
+        code, failed = run_tests(copy_package(Path(folder)), SUITE)
+    if code != 0 and not allow_failing:
+        listed = "\n  ".join(failed)
+        raise SystemExit(
+            f"mutate: expected tests that pass without a defect, got failures; mend them first\n  {listed}"
+        )
+    return failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Plant the chosen defects and print what caught each; 0 when none survived."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", default="", help="defects whose name contains this text")
+    parser.add_argument("--list", action="store_true", help="print the defects and stop")
+    parser.add_argument("--allow-failing", action="store_true", help="leave out tests that fail without a defect")
+    parser.add_argument("--no-baseline", action="store_true", help="trust that the tests pass without a defect")
+    options = parser.parse_args(arguments)
+    chosen = [d for d in DEFECTS if options.only.lower() in d.name.lower()]
+    if not chosen:
+        raise SystemExit(f"mutate: expected part of a defect's name, got {options.only!r}; see --list")
+    if options.list:
+        print("\n".join(f"{d.name:60s} {d.file}" for d in chosen))
+        return 0
+    skip = [] if options.no_baseline else baseline(options.allow_failing)
+    for name in skip:
+        print(f"left out, fails without a defect: {name}")
+    survived, stale = [], []
+    for i, defect in enumerate(chosen, 1):
+        start = time.perf_counter()
+        try:
+            caught = catch(defect, skip)
+        except StaleDefect as error:
+            stale.append(defect.name)
+            print(f"{i:3d}/{len(chosen)}  STALE     {error}", flush=True)
+            continue
+        if caught is None:
+            survived.append(defect.name)
+        verdict = "SURVIVED" if caught is None else "caught"
+        by = "" if caught is None else caught.removeprefix("tests/")
+        print(
+            f"{i:3d}/{len(chosen)}  {verdict:8s}  {defect.name:58s} {time.perf_counter() - start:5.1f} s  {by}",
+            flush=True,
+        )
+    caught_count = len(chosen) - len(survived) - len(stale)
+    print(f"\n{caught_count} of {len(chosen)} defects caught, {len(survived)} survived, {len(stale)} stale")
+    return 1 if survived or stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
