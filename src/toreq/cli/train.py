@@ -56,6 +56,8 @@ class Train:
     """Weight decay of the optimizer."""
     gradient_clip: Annotated[float | None, _option("NORM", _RECIPE)] = None
     """Largest norm of the gradient."""
+    shift: Annotated[int | None, _option("PIXELS", _RECIPE)] = None
+    """Move every training image by up to this many pixels, anew in each epoch."""
     out: Annotated[Path | None, _option("DIR", "(default: runs/SYSTEM-DATA-SIDE-seedN)")] = None
     """The run folder, new or empty."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -122,6 +124,7 @@ class Train:
             "warmup": self.warmup,
             "weight_decay": self.weight_decay,
             "gradient_clip": self.gradient_clip,
+            "shift": self.shift,
         }
         name = "-".join([system, *([str(options["arch"])] if "arch" in options else []), self.data])
         return training.config_for(

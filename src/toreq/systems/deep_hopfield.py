@@ -167,7 +167,8 @@ class ConvHopfield(System):
         solver = Anderson(tolerance=1e-3) if solver is None else solver
         head = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shapes[-1]), num_classes))
         self.assemble(Energy(nodes, couplings), solver, estimator, head)
-        # channels-last weights make the whole relaxation channels-last, in which both directions are 2 to 3 times faster
+        # channels-last weights make the whole relaxation channels-last, in which both directions are 2 to 3 times
+        # faster
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _convolution(self, a: int, b: int) -> nn.Conv2d:

@@ -67,15 +67,24 @@ class Tokens(nn.Module):
         return self.embed(x) + self.position
 
 
-class MeanHead(nn.Module):
-    """Linear read-out of the mean token."""
+class TokenHead(nn.Module):
+    """Linear read-out of all tokens, or of their mean.
 
-    def __init__(self, features: int, num_classes: int) -> None:
+    Args:
+        count, features: N and D of the tokens ``(B, N, D)``.
+        num_classes: number of logits.
+        pool: ``"none"`` reads every token with weights of its own, ``"mean"`` their average.
+    """
+
+    def __init__(self, count: int, features: int, num_classes: int, pool: str) -> None:
         super().__init__()
-        self.linear = nn.Linear(features, num_classes)
+        if pool not in ("none", "mean"):
+            raise ConfigError(f"TokenHead: expected pool 'none' or 'mean', got {pool!r}; choose one")
+        self.mean = pool == "mean"
+        self.linear = nn.Linear(features if self.mean else count * features, num_classes)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.linear(h.mean(1))
+        return self.linear(h.mean(1) if self.mean else h.flatten(1))
 
 
 class LoopedTransformer(System):
@@ -96,6 +105,7 @@ class LoopedTransformer(System):
         hidden: width of the potential's hidden layer.
         patch: side of the image patches, or ``"rows"``.
         vocabulary: number of symbols; 0 for images.
+        pool: ``"none"`` for a head that reads every token, ``"mean"`` for one that reads their mean.
         attention: ``"softmax"``, ``"linear"`` (O(N)) or ``"none"``.
         gated: add a gated lateral coupling over the features.
         coupling_scale: initial deviation of all couplings times :math:`\sqrt D`; settles at 0.5 or less.
@@ -115,6 +125,7 @@ class LoopedTransformer(System):
         hidden: int = 192,
         patch: int | str = 7,
         vocabulary: int = 0,
+        pool: str = "none",
         attention: str = "softmax",
         gated: bool = False,
         coupling_scale: float = 0.4,
@@ -122,7 +133,7 @@ class LoopedTransformer(System):
     ) -> None:
         super().__init__(input_shape, num_classes)
         self.features, self.heads, self.hidden = features, heads, hidden
-        self.patch, self.vocabulary = patch, vocabulary
+        self.patch, self.vocabulary, self.pool = patch, vocabulary, pool
         kinds = {"softmax": Attention, "linear": LinearAttention, "none": None}
         if attention not in kinds:
             raise ConfigError(f"LoopedTransformer: expected attention in {list(kinds)}, got {attention!r}; choose one")
@@ -155,7 +166,8 @@ class LoopedTransformer(System):
             couplings.append(Lateral(lateral, "tokens", gate))
         nodes = [Node("tokens", (embed.count, features), LayerNorm(features))]
         solver = Anderson(tolerance=1e-3) if solver is None else solver
-        self.assemble(Energy(nodes, couplings), solver, estimator, MeanHead(features, num_classes))
+        head = TokenHead(embed.count, features, num_classes, pool)
+        self.assemble(Energy(nodes, couplings), solver, estimator, head)
 
     def check_dtype(self, x: Tensor) -> None:
         """Symbols are integer indices; images are floating point."""
@@ -166,21 +178,9 @@ class LoopedTransformer(System):
 
     def feedforward(self) -> nn.Module:
         """One ordinary pre-norm transformer block of the same widths."""
-        return _Block(
-            Tokens(self.input_shape, self.features, self.patch, self.vocabulary), self.features, self.heads,
-            self.hidden, self.num_classes,
-        )  # fmt: skip
-
-
-class _Block(nn.Module):
-    def __init__(self, embed: nn.Module, features: int, heads: int, hidden: int, num_classes: int) -> None:
-        super().__init__()
-        self.embed = embed
-        self.block = nn.TransformerEncoderLayer(
-            features, heads, hidden, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        embed = Tokens(self.input_shape, self.features, self.patch, self.vocabulary)
+        head = TokenHead(embed.count, self.features, self.num_classes, self.pool)
+        block = nn.TransformerEncoderLayer(
+            self.features, self.heads, self.hidden, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
-        self.norm = nn.LayerNorm(features)
-        self.head = MeanHead(features, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.block(self.embed(x))))
+        return nn.Sequential(embed, block, nn.LayerNorm(self.features), head)

@@ -27,7 +27,9 @@ class TrainConfig:
 
     The learning rate rises linearly over `warmup` steps (a fraction of the run in [0, 1)) and then is constant, or
     falls as a half cosine to `final_learning_rate` times its peak. `gradient_clip` bounds the norm of the whole
-    gradient (None: no bound). `checkpoint_every` is in seconds; one is also written after each epoch. `devices` above
+    gradient (None: no bound). `shift` moves every training image by up to that many pixels, anew in each epoch and
+    alike
+    for every side. `checkpoint_every` is in seconds; one is also written after each epoch. `devices` above
     one trains under DistributedDataParallel, each with its share of `batch_size`. `threads` is torch's number of
     threads (None: as it is; one if `deterministic`).
 
@@ -49,6 +51,7 @@ class TrainConfig:
     final_learning_rate: float = 0.0
     weight_decay: float = 0.0
     gradient_clip: float | None = None
+    shift: int = 0
     out: str | None = None
     device: str = "auto"
     devices: int = 1
@@ -73,6 +76,7 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "devices"):
             self._integer(name, 1)
         self._integer("seed", 0)
+        self._integer("shift", 0)
         for name in ("limit_train", "limit_test", "threads"):
             if getattr(self, name) is not None:
                 self._integer(name, 1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from toreq.data import Batches
+from toreq.data import Batches, random_shift, seeded
 from toreq.errors import ConfigError
 from toreq.training.config import TrainConfig
 from toreq.training.evaluation import unwarned
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LOG_EVERY = 50
+_SHIFT = 1  # key of the shifts' random stream, apart from the batches' own
 
 
 def train(
@@ -77,6 +78,10 @@ def _run(session: Session, stop: StopRequest, console: Console | None, command: 
             model.train()
             started = time.perf_counter() - at.seconds
             for joint_x, joint_y in batches.epoch(at.epoch, start=at.batch):
+                if config.shift:
+                    # a pure function of (seed, epoch, batch), so that a resumed run sees the same images
+                    draw = seeded(config.seed, _SHIFT, at.epoch, at.batch, device=joint_x.device)
+                    joint_x = random_shift(joint_x, config.shift, generator=draw)
                 x, y = joint_x[session.rank :: session.world], joint_y[session.rank :: session.world]
                 for group in optimizer.param_groups:
                     group["lr"] = config.learning_rate_at(at.step, total)
