@@ -127,7 +127,7 @@ def assert_finite_differences(
 ) -> None:
     """Each gradient's inner product with random directions equals a central finite difference of the loss."""
     g = torch.Generator().manual_seed(11)
-    targets = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    targets: dict[str, Tensor] = {n: p for n, p in layer.named_parameters() if p.requires_grad}
     if "x" in grads:
         targets["x"] = x
     # the loss's own gradient sets what is small: a direction nearly orthogonal to it carries no digits

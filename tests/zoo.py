@@ -104,6 +104,7 @@ def gated(g: torch.Generator) -> dict[str, Any]:
 def convolutional(g: torch.Generator) -> dict[str, Any]:
     """Stride, padding, pooling that drops a row, and a dense read-out."""
     first = nn.Conv2d(1, 2, 3, dtype=torch.float64)
+    assert first.bias is not None
     with torch.no_grad():
         first.weight.copy_(torch.randn(2, 1, 3, 3, generator=g) * 0.3)
         first.bias.copy_(torch.randn(2, generator=g) * 0.3)
