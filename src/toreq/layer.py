@@ -157,7 +157,11 @@ class Equilibrium(nn.Module):
             )
         if torch.is_grad_enabled() and any(t.requires_grad for t in flat):
             result = Settle.apply(self, bindings, cost, *flat)
-            return result if cost else self._shape(dict(zip(self.readout, result, strict=True)))
+            if cost is None:
+                return self._shape(dict(zip(self.readout, result, strict=True)))
+            # parameters of the cost itself do not pass the equilibrium: their gradient is the direct one
+            direct = self._cost_of(dict(zip(self.readout, result[1:], strict=True)), cost).mean()
+            return result[0] + (direct - direct.detach()) if direct.requires_grad else result[0]
         with torch.no_grad():
             free = self._free(detached(bindings))
             out = {n: free.h[n] for n in self.readout}

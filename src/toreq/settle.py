@@ -35,7 +35,10 @@ class Settle(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # clones: outputs must not share storage with the state kept for backward, which a user could overwrite in place
         out = {n: solution.h[n].clone() for n in layer.readout}
-        return layer._cost_of(out, cost).mean() if cost else tuple(out.values())
+        if cost is None:
+            return tuple(out.values())
+        ctx.mark_non_differentiable(*out.values())
+        return layer._cost_of(out, cost).mean(), *out.values()
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:

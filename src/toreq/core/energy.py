@@ -114,17 +114,21 @@ class Dynamics(nn.Module, ABC):
             for n, s in self.shapes.items()
         }
         for n, t in a.items():
-            if t.shape != (size, *self.shapes[n]):
-                raise ConfigError(
-                    f"{type(self).__name__}: expected a drive of shape {(size, *self.shapes[n])} on node {n!r}, got "
-                    f"{tuple(t.shape)}; check the drive's module and the input's shape"
-                )
+            self._check_shape(n, t, size)
         if len(a) > 1:
             h = self.activate(a, bindings)
             for n in self.names[1:]:
                 a[n] = self.map(h, bindings, static, frozenset([n]))[n]
+                self._check_shape(n, a[n], size)
                 h.update(self.activate({n: a[n]}, bindings))
         return a
+
+    def _check_shape(self, name: str, t: Tensor, size: int) -> None:
+        if t.shape != (size, *self.shapes[name]):
+            raise ConfigError(
+                f"{type(self).__name__}: expected a field of shape {(size, *self.shapes[name])} on node {name!r}, got "
+                f"{tuple(t.shape)}; check the shapes of its drive and operators, and of the input"
+            )
 
     def colours(self) -> list[frozenset[str]]:
         """Groups of nodes that do not read each other, for block sweeps; one node a group unless known better."""

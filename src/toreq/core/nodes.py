@@ -58,16 +58,28 @@ class Identity(Activation):
 
 
 class Tanh(Activation):
-    r""":math:`\sigma(a) = \tanh a`, :math:`\Phi(a) = \sum\log\cosh a`."""
+    r""":math:`\sigma(a) = \tanh(g a)`, :math:`\Phi(a) = \tfrac1g\sum\log\cosh(g a)`.
+
+    Args:
+        gain: slope g at the origin, above 0. In a layered network a steeper upper layer makes the way up stronger than
+            the way down at the same radius of the relaxation.
+    """
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        if not gain > 0:
+            raise ConfigError(f"Tanh: expected gain > 0, got {gain}; 1 is the ordinary tanh")
+        self.gain = gain
 
     def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
-        return a.tanh()
+        return (a if self.gain == 1 else self.gain * a).tanh()
 
     def potential(self, a: Tensor, bound: Bound | None = None) -> Tensor:
-        return log_cosh(a).flatten(1).sum(1)
+        return log_cosh(self.gain * a).flatten(1).sum(1) / self.gain
 
     def derivative(self, a: Tensor, h: Tensor, w: Tensor, bound: Bound | None = None) -> Tensor:
-        return w * (1 - h * h)
+        w = w * (1 - h * h)
+        return w if self.gain == 1 else self.gain * w
 
 
 class HardSigmoid(Activation):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from toreq.core.operators import Operator
 from toreq.errors import ConfigError
+
+_DIRECTIONS = 4
 
 
 class _Matrix(Operator):
@@ -29,29 +33,33 @@ class _Matrix(Operator):
 class NormControl(nn.Module):
     r"""Scale a weight so that its operator's norm stays below a bound: :math:`W \mapsto W\min(1, c/\|A_W\|)`.
 
-    The norm is estimated by power iteration warm-started from the last call (in training mode only, so that evaluation
-    does not change the module); the estimate is differentiable in W. A bound on each weight does not bound the
-    relaxation Jacobian of several couplings together: watch its radius too
-    (:func:`toreq.core.spectral.relaxation_radius`).
+    The norm is estimated by subspace iteration on a few directions, warm-started from the last call (in training mode
+    only, so that evaluation does not change the module); one direction alone would lag whenever another overtakes
+    it. The
+    estimate is differentiable in W. A bound on each weight does not bound the relaxation Jacobian of several couplings
+    together: watch its radius too (:func:`toreq.core.spectral.relaxation_radius`).
 
     Args:
         operator: the operator whose weight is controlled; linear in that weight.
         weight: its present value.
         name: the tensor's name.
         bound: c, above 0.
-        iterations: power iterations per training step.
+        iterations: subspace iterations per training step.
     """
 
+    basis: Tensor
     vector: Tensor
 
-    def __init__(self, operator: Operator, weight: Tensor, name: str, bound: float, iterations: int = 2) -> None:
+    def __init__(self, operator: Operator, weight: Tensor, name: str, bound: float, iterations: int = 1) -> None:
         super().__init__()
         if not bound > 0:
             raise ConfigError(f"NormControl: expected bound > 0, got {bound}; use for example 0.9")
         self._operator = (operator,)  # in a tuple: the operator owns this module, not the other way round
         self.name, self.bound, self.iterations = name, bound, iterations
-        start = torch.randn(1, *operator.in_shape, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("vector", start.to(weight))
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(min(_DIRECTIONS, math.prod(operator.in_shape)), *operator.in_shape, generator=generator)
+        self.register_buffer("basis", start.to(weight))
+        self.register_buffer("vector", start[:1].to(weight))
         with torch.no_grad():
             self._iterate(self._tensors(weight.detach()), 30)
 
@@ -59,11 +67,15 @@ class NormControl(nn.Module):
         return {self.name: self._operator[0].symmetrised(weight)}
 
     def _iterate(self, t: dict[str, Tensor], times: int) -> None:
-        op, v = self._operator[0], self.vector
+        op, v = self._operator[0], self.basis
         for _ in range(times):
-            v = op.adjoint(op.forward(v, t), t)
-            v = v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
-        self.vector.copy_(v)
+            z = op.adjoint(op.forward(v, t), t).flatten(1)
+            v = torch.linalg.qr(z.T)[0].T.reshape(self.basis.shape).contiguous()
+        # the best direction inside the subspace (Rayleigh-Ritz)
+        image = op.forward(v, t).flatten(1)
+        _, mixing = torch.linalg.eigh(image @ image.T)
+        self.basis.copy_(v)
+        self.vector.copy_((mixing[:, -1] @ v.flatten(1)).reshape(self.vector.shape))
 
     def forward(self, weight: Tensor) -> Tensor:
         t = self._tensors(weight)
@@ -74,7 +86,7 @@ class NormControl(nn.Module):
         return weight * (self.bound / sigma.clamp_min(self.bound))
 
 
-def control_norm(module: nn.Module, bound: float, name: str = "weight", iterations: int = 2) -> None:
+def control_norm(module: nn.Module, bound: float, name: str = "weight", iterations: int = 1) -> None:
     """Register :class:`NormControl` on an operator's weight, or on a matrix of any other module.
 
     Args:
@@ -82,7 +94,7 @@ def control_norm(module: nn.Module, bound: float, name: str = "weight", iteratio
             :class:`~toreq.core.operators.Circulant` operator, or a module with a 2-d parameter of that name.
         bound: largest operator norm allowed, above 0.
         name: the parameter to control.
-        iterations: power iterations per training step.
+        iterations: subspace iterations per training step.
 
     Raises:
         ConfigError: if the bound is not positive or the module has no such parameter.

@@ -28,11 +28,13 @@ def check_block(where: str, block: nn.Module) -> None:
                 f"{where}: expected a block whose output for one example depends on that example only, got "
                 f"{type(module).__name__} at {name!r}; use LayerNorm or GroupNorm"
             )
-        if isinstance(module, _RANDOM) and module.p > 0:
+        # layers call their own rate "p", attention and recurrent modules call it "dropout"
+        rate = module.p if isinstance(module, _RANDOM) else getattr(module, "dropout", 0.0)
+        if isinstance(rate, float) and rate > 0:
             raise ConfigError(
-                f"{where}: expected a deterministic block, got {type(module).__name__}(p={module.p}) at "
-                f"{name!r}; noise "
-                "redrawn at every step has no fixed point: set p=0 or put dropout outside the equilibrium"
+                f"{where}: expected a deterministic block, got {type(module).__name__} with dropout {rate} at "
+                f"{name!r}; "
+                "noise redrawn at every step has no fixed point: set it to 0 or put dropout outside the equilibrium"
             )
 
 

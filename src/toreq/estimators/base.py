@@ -12,7 +12,7 @@ from torch import Tensor
 
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.state import Bindings, State, norm, scaled
-from toreq.solvers.base import Measure, Relaxation, Solution, Solver, require
+from toreq.solvers.base import Measure, Problem, Solution, Solver, require
 
 Cost = Callable[[State], Tensor]
 """Maps the read-out state to a cost per example, ``(B,)``."""
@@ -153,7 +153,7 @@ class Contrastive(Estimator):
 
     beta: float = 0.01
     nudge: NudgeMode = "relative"
-    tolerance: float = 1e-2
+    tolerance: float = 5e-3
     max_steps: int | None = None
     asym_limit: float = 0.1
     max_halvings: int = 2
@@ -171,7 +171,7 @@ class Contrastive(Estimator):
         )
         modes = ("relative", "absolute", "cost")
         require(where, "nudge", self.nudge, self.nudge in modes, f"one of {modes}", "choose one")
-        require(where, "tolerance", self.tolerance, 0 <= self.tolerance < 1, "in [0, 1)", "try 1e-2")
+        require(where, "tolerance", self.tolerance, 0 <= self.tolerance < 1, "in [0, 1)", "try 5e-3")
         steps_ok = self.max_steps is None or self.max_steps >= 1
         require(where, "max_steps", self.max_steps, steps_ok, "None or >= 1", "leave it None")
         require(where, "asym_limit", self.asym_limit, self.asym_limit > 0, "> 0", "try 0.1")
@@ -199,11 +199,30 @@ class Contrastive(Estimator):
         beta = self.beta * norm(free.h) / direct
         return torch.where(torch.isfinite(beta) & (beta > 0), beta, torch.ones_like(beta))
 
-    def relax(self, problem: Relaxation, start: State, free: FreePhase, measure: Measure, record: bool) -> Solution:
-        """The nudged phase: the free phase's solver with this estimator's tolerance."""
+    def relax(
+        self, problem: Problem, start: State, free: FreePhase, measure: Measure, active: Tensor, record: bool
+    ) -> Solution:
+        """The nudged phase: the free phase's solver with this estimator's tolerance.
+
+        Args:
+            problem: the nudged relaxation.
+            start: where it starts.
+            free: the free phase.
+            measure: how a residual is judged.
+            active: examples with a cotangent at all, ``(B,)`` or a multiple; the others have settled by
+                definition, since
+                relative to no response there is only rounding noise to measure.
+            record: keep the trace.
+        """
+
+        def judged(r: State, a: State) -> Tensor:
+            ratio = measure(r, a)
+            times = ratio.shape[0] // active.shape[0]
+            return torch.where(active.repeat(times), ratio, torch.zeros_like(ratio))
+
         steps = free.solver.max_steps if self.max_steps is None else self.max_steps
         solver = replace(free.solver, tolerance=self.tolerance, max_steps=steps)
-        return solver.solve(problem, start, measure, record=record)
+        return solver.solve(problem, start, judged, record=record)
 
     @staticmethod
     def force(nudge: Nudge, h: State, signed_beta: Tensor) -> tuple[State | None, Callable[[State], State] | None]:

@@ -20,21 +20,11 @@ from toreq.core.state import (
     norm,
     repeated,
     scaled,
-    selected,
     stacked,
-    take,
     with_leaves,
 )
-from toreq.estimators.base import (
-    Contrastive,
-    CostNudge,
-    Estimate,
-    FreePhase,
-    LinearNudge,
-    Nudge,
-    Statistics,
-    Support,
-)
+from toreq.estimators.base import Contrastive, Estimate, FreePhase, Nudge, Statistics, Support
+from toreq.estimators.pairs import Paired, relative_response, twice
 from toreq.solvers.base import Relaxation, Solution, displacement_from, pair_difference, require
 
 
@@ -53,31 +43,41 @@ class OneSided(Contrastive):
     """
 
     name: ClassVar[str] = "onesided"
+    beta: float = 3e-4
     tolerance: float = 1e-3
 
     def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
         energy = _energy(free)
         v = nudge.cotangent(free.h)
-        beta = self.betas(free, v)
-        free = self._settled(free, norm(free.dynamics.derivative(free.a, free.h, scaled(v, beta), free.bindings)))
+        beta, active = self.betas(free, v), norm(v) > 0
+        settled = self._settled(free, scaled(v, beta), active)
+        free = replace(free, a=settled.state, h=settled.h)
         force, extra = self.force(nudge, free.h, beta)
         problem = Relaxation(energy, free.bindings, force, extra)
-        solution = self.relax(problem, free.a, free, displacement_from(free.a), record)
-        gradients = energy.contrast((solution.state, solution.h), (free.a, free.h), 1 / beta, free.bindings)
-        response = norm(difference(solution.h, free.h)) / norm(free.h).clamp_min(1e-30)
-        return Estimate(gradients, replace(Statistics.of(solution), beta=beta, response=response), solution)
+        solution = self.relax(problem, free.a, free, displacement_from(free.a), active, record)
+        weight = active / beta
+        gradients = energy.contrast((solution.state, solution.h), (free.a, free.h), weight, free.bindings)
+        statistics = Statistics(
+            settled.steps + solution.steps,
+            torch.maximum(settled.residual, solution.residual),
+            settled.converged & solution.converged,
+            beta=beta,
+            response=relative_response(difference(solution.h, free.h), free.h),
+        )
+        return Estimate(gradients, statistics, solution)
 
-    def _settled(self, free: FreePhase, response: Tensor) -> FreePhase:
+    def _settled(self, free: FreePhase, push: State, active: Tensor) -> Solution:
+        response = norm(free.dynamics.derivative(free.a, free.h, push, free.bindings))
+
         def measure(r: State, a: State) -> Tensor:
             size = norm(r)
             return size / (size + response).clamp_min(torch.finfo(size.dtype).tiny)
 
-        solution = self.relax(Relaxation(free.dynamics, free.bindings), free.a, free, measure, False)
-        return FreePhase(free.dynamics, free.bindings, free.solver, solution.state, solution.h)
+        return self.relax(Relaxation(free.dynamics, free.bindings), free.a, free, measure, active, False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Centered(Contrastive):
+class Centered(Paired):
     r"""Two nudged phases of opposite sign (Laborieux et al. 2021):
     :math:`\tfrac1{2\beta}[\partial_\theta E(h^{\beta}) - \partial_\theta E(h^{-\beta})]`, error :math:`O(\beta^2)`.
 
@@ -89,100 +89,17 @@ class Centered(Contrastive):
     name: ClassVar[str] = "centered"
 
     def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
-        beta = self.betas(free, nudge.cotangent(free.h))
-        solution = self._pair(free, nudge, beta, record)
-        asym = _asymmetry(solution.h, free.h)
-        halvings = 0
-        while halvings < self.max_halvings and nudge.constant:
-            worst = (asym > self.asym_limit).nonzero().flatten()
-            if worst.numel() == 0:
-                break
-            halvings += 1
-            trial = beta.index_copy(0, worst, beta[worst] / 2)
-            part = FreePhase(
-                free.dynamics,
-                selected(free.bindings, worst),
-                free.solver,
-                take(free.a, worst),
-                take(free.h, worst),
-            )
-            again = self._pair(part, _selected_nudge(nudge, free.h, worst), trial[worst], False)
-            lower = _asymmetry(again.h, part.h)
-            better = lower < asym[worst]
-            beta = torch.where(torch.zeros_like(asym, dtype=torch.bool).index_copy(0, worst, better), trial, beta)
-            solution = _merged(solution, again, worst[better], better)
-            asym = asym.index_copy(0, worst, torch.minimum(lower, asym[worst]))
-            if not bool(better.any()):
-                break
-        (a1, a2), (h1, h2) = halves(solution.state), halves(solution.h)
-        gradients = _energy(free).contrast((a1, h1), (a2, h2), 0.5 / beta, free.bindings)
-        size = beta.shape[0]
-        response = norm(difference(h1, h2)) / (2 * norm(free.h)).clamp_min(1e-30)
-        statistics = Statistics(
-            torch.maximum(solution.steps[:size], solution.steps[size:]),
-            torch.maximum(solution.residual[:size], solution.residual[size:]),
-            solution.converged[:size] & solution.converged[size:],
-            asym,
-            beta,
-            response,
-            halvings,
-        )
-        return Estimate(gradients, statistics, solution)
+        pair = self.calibrated(free, nudge, record)
+        (a1, a2), (h1, h2) = halves(pair.solution.state), halves(pair.solution.h)
+        weight = 0.5 * pair.active / pair.beta
+        gradients = _energy(free).contrast((a1, h1), (a2, h2), weight, free.bindings)
+        return Estimate(gradients, pair.statistics(free.h), pair.solution)
 
-    def _pair(self, free: FreePhase, nudge: Nudge, beta: Tensor, record: bool) -> Solution:
-        twice: Nudge = nudge
-        if isinstance(nudge, LinearNudge):
-            twice = LinearNudge(stacked(nudge.v, nudge.v))
-        elif isinstance(nudge, CostNudge):
-            twice = _TwiceCost(nudge)
+    def pair(self, free: FreePhase, nudge: Nudge, beta: Tensor, active: Tensor, record: bool) -> Solution:
         both = stacked(free.a, free.a)
-        force, extra = self.force(twice, stacked(free.h, free.h), torch.cat([beta, -beta]))
+        force, extra = self.force(twice(nudge), stacked(free.h, free.h), torch.cat([beta, -beta]))
         problem = Relaxation(free.dynamics, repeated(free.bindings, 2), force, extra)
-        return self.relax(problem, both, free, pair_difference, record)
-
-
-class _TwiceCost(Nudge):
-    """A cost on a stacked batch: the cost only knows the B examples, so it is asked for each half."""
-
-    constant = False
-
-    def __init__(self, inner: CostNudge) -> None:
-        self.inner = inner
-
-    def cotangent(self, h: State) -> State:
-        first, second = halves(h)
-        return stacked(self.inner.cotangent(first), self.inner.cotangent(second))
-
-
-def _selected_nudge(nudge: Nudge, h: State, index: Tensor) -> LinearNudge:
-    return LinearNudge(take(nudge.cotangent(h), index))
-
-
-def _asymmetry(h: State, h0: State) -> Tensor:
-    plus, minus = halves(h)
-    tiny = torch.finfo(next(iter(h0.values())).dtype).tiny
-    even = norm({n: (t - h0[n]) + (minus[n] - h0[n]) for n, t in plus.items()})
-    odd = norm(difference(plus, minus))
-    # no response at all (zero cotangent): nothing to be asymmetric about
-    return torch.where(odd > 0, even / odd.clamp_min(tiny), torch.zeros_like(odd))
-
-
-def _merged(old: Solution, new: Solution, index: Tensor, keep: Tensor) -> Solution:
-    size, part = old.steps.shape[0] // 2, new.steps.shape[0] // 2
-    kept = keep.nonzero().flatten()
-    source, target = torch.cat([kept, kept + part]), torch.cat([index, index + size])
-
-    def put(a: Tensor, b: Tensor) -> Tensor:
-        return a.index_copy(0, target, b[source])
-
-    return Solution(
-        {n: put(t, new.state[n]) for n, t in old.state.items()},
-        {n: put(t, new.h[n]) for n, t in old.h.items()},
-        old.steps.index_add(0, torch.cat([index, index + size]), new.steps[source]),
-        put(old.residual, new.residual),
-        put(old.converged, new.converged),
-        old.trace,
-    )
+        return self.relax(problem, both, free, pair_difference, active, record)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,8 +168,10 @@ class Holomorphic(Contrastive):
         start = {n: torch.cat([t] * count).to(wide) for n, t in free.a.items()}
         force = scaled({n: torch.cat([t] * count).to(wide) for n, t in v.items()}, -beta)
         problem = Relaxation(energy, cast(repeated(free.bindings, count), wide), force)
-        solution = self.relax(problem, start, free, displacement_from(start), record)
-        gradients = self._cauchy(energy, solution, 2 / (self.points * beta), free.bindings, count, wide)
+        active = norm(v) > 0
+        solution = self.relax(problem, start, free, displacement_from(start), active, record)
+        weight = 2 * active.repeat(count) / (self.points * beta)
+        gradients = self._cauchy(energy, solution, weight, free.bindings, count, wide)
         size = radius.shape[0]
 
         def fold(t: Tensor) -> Tensor:

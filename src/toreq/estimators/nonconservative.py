@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from toreq.core.energy import Dynamics
 from toreq.core.spectral import field_products
-from toreq.core.state import State, added, difference, halves, norm, repeated, scaled, stacked
-from toreq.estimators.base import Contrastive, Estimate, FreePhase, LinearNudge, Nudge, Statistics, Support
-from toreq.estimators.equilibrium_propagation import _asymmetry
-from toreq.solvers.base import Relaxation, pair_difference, require
+from toreq.core.state import State, added, difference, halves, repeated, scaled, stacked
+from toreq.estimators.base import Estimate, FreePhase, Nudge, Support
+from toreq.estimators.pairs import Paired, twice
+from toreq.solvers.base import Relaxation, Solution, pair_difference, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class NonConservative(Contrastive):
+class NonConservative(Paired):
     r"""Nudged phases whose linear response is the adjoint's, whatever the field (cf. Scellier et al. 2018 for
     vector fields; Laborieux and
     Zenke 2024 for the asymmetry's effect).
@@ -46,30 +47,22 @@ class NonConservative(Contrastive):
         return Support(True)
 
     def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
-        v = nudge.cotangent(free.h)
-        beta = self.betas(free, v)
-        a0, h0 = stacked(free.a, free.a), stacked(free.h, free.h)
-        bindings = repeated(free.bindings, 2)
-        force, _ = self.force(LinearNudge(stacked(v, v)), h0, torch.cat([beta, -beta]))
-        transpose, forward = field_products(free.dynamics, h0, bindings, both=True)
-
-        def correction(h: State) -> State:
-            dh = difference(h, h0)
-            return difference(transpose(dh), forward(dh))
-
-        problem = Relaxation(free.dynamics, bindings, None, lambda h: added(correction(h), force or {}), as_map=True)
-        solution = self.relax(problem, a0, free, pair_difference, record)
-        (a1, a2), (h1, h2) = halves(solution.state), halves(solution.h)
-        weight = -0.5 / beta
+        pair = self.calibrated(free, nudge, record)
+        (a1, a2), (h1, h2) = halves(pair.solution.state), halves(pair.solution.h)
+        weight = -0.5 * pair.active / pair.beta
         u, w = scaled(difference(h1, h2), weight), scaled(difference(a1, a2), weight)
         gradients = free.dynamics.field_gradient(u, w, free.a, free.h, free.bindings)
-        size = beta.shape[0]
-        statistics = Statistics(
-            torch.maximum(solution.steps[:size], solution.steps[size:]),
-            solution.residual[:size],
-            solution.converged[:size] & solution.converged[size:],
-            _asymmetry(solution.h, free.h),
-            beta,
-            norm(difference(h1, h2)) / (2 * norm(free.h)).clamp_min(1e-30),
-        )
-        return Estimate(gradients, statistics, solution)
+        return Estimate(gradients, pair.statistics(free.h), pair.solution)
+
+    def pair(self, free: FreePhase, nudge: Nudge, beta: Tensor, active: Tensor, record: bool) -> Solution:
+        a0, h0 = stacked(free.a, free.a), stacked(free.h, free.h)
+        bindings = repeated(free.bindings, 2)
+        force, _ = self.force(twice(nudge), h0, torch.cat([beta, -beta]))
+        transpose, forward = field_products(free.dynamics, h0, bindings, both=True)
+
+        def push(h: State) -> State:
+            dh = difference(h, h0)
+            return added(difference(transpose(dh), forward(dh)), force or {})
+
+        problem = Relaxation(free.dynamics, bindings, None, push, as_map=True)
+        return self.relax(problem, a0, free, pair_difference, active, record)

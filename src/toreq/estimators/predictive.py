@@ -13,7 +13,8 @@ from toreq.core.energy import Dynamics, Energy
 from toreq.core.residual import Residual
 from toreq.core.state import Bindings, State, difference, norm, scaled
 from toreq.estimators.base import Contrastive, Estimate, FreePhase, Nudge, Statistics, Support
-from toreq.solvers.base import Measure, relative, require
+from toreq.estimators.pairs import relative_response
+from toreq.solvers.base import relative, require
 from toreq.solvers.fixed_point import FixedPoint
 
 
@@ -107,13 +108,10 @@ class Predictive(Contrastive):
         problem = _ErrorCoordinates(energy, free.bindings, scaled(v, -beta))
         start = {f"eps_{n}": torch.zeros_like(t) for n, t in free.h.items()}
         start |= {f"h_{n}": t for n, t in free.h.items()}
-        steps = free.solver.max_steps if self.max_steps is None else self.max_steps
         damping = free.solver.damping if isinstance(free.solver, FixedPoint) else 1.0
-        solver = FixedPoint(
-            damping=damping, order="gauss_seidel", max_steps=steps, tolerance=self.tolerance, check_every=1
-        )
-        measure: Measure = _errors_only
-        solution = solver.solve(problem, start, measure, record=record)
+        sweep = FixedPoint(damping=damping, order="gauss_seidel", max_steps=free.solver.max_steps)
+        active = norm(v) > 0
+        solution = self.relax(problem, start, replace(free, solver=sweep), _errors_only, active, record)
         state = {n: solution.h[f"h_{n}"] for n in energy.names}
         grads: dict[str, dict[str, Tensor]] = {}
         for name, c in problem.blocks:
@@ -126,5 +124,5 @@ class Predictive(Contrastive):
             for group in (b.shared, b.batched)
             for k in group
         ]
-        response = norm(difference(state, free.h)) / norm(free.h).clamp_min(1e-30)
+        response = relative_response(difference(state, free.h), free.h)
         return Estimate(flat, replace(Statistics.of(solution), beta=beta, response=response), solution)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,6 +66,9 @@ class Anderson(Solver):
         require("Anderson", "ridge", self.ridge, self.ridge >= 0, ">= 0", "try 1e-8")
         require("Anderson", "safeguard", self.safeguard, self.safeguard > 1, "> 1", "try 4")
 
+    def extrapolates(self) -> bool:
+        return True
+
     def begin(self, problem: Problem, a: State, h: State) -> _History:
         colours = problem.colours() if self.order == "gauss_seidel" else [frozenset(a)]
         moved = frozenset(a) if len(colours) == 1 else frozenset(a) - colours[0]
@@ -116,7 +120,7 @@ class Anderson(Solver):
         carry.valid[:, i] = True
         carry.y[:, i], carry.g[:, i] = y, g
         row = torch.bmm(carry.g[:, :k], g.conj()[:, :, None])[:, :, 0]
-        carry.gram[:, i, :k], carry.gram[:, :k, i] = row.conj(), row
+        carry.gram[:, i, :k], carry.gram[:, :k, i] = row, row.conj()
         mask = carry.valid[:, :k]
         if k == 1:
             return mask.to(g.dtype)
@@ -143,7 +147,7 @@ def _flatten(a: State, last: frozenset[str]) -> Tensor:
 
 def _unflatten(flat: Tensor, like: State, last: frozenset[str]) -> State:
     out: State = {}
-    for (n, t), p in zip(like.items(), flat.split([t[0].numel() for t in like.values()], 1), strict=True):
+    for (n, t), p in zip(like.items(), flat.split([math.prod(t.shape[1:]) for t in like.values()], 1), strict=True):
         if n in last:
             b, c, height, width = t.shape
             out[n] = p.reshape(b, height, width, c).permute(0, 3, 1, 2)

@@ -129,7 +129,9 @@ class Solution:
         state: pre-activations per node.
         h: activations per node.
         steps: field evaluations each example took, ``(B,)`` int64.
-        residual: relative residual of the last iterate checked, ``(B,)``; the state returned is one update further.
+        residual: relative residual of the last iterate checked, ``(B,)``. A settled example's state is that
+            iterate where
+            the solver extrapolates, and one plain update further (a smaller residual) where it does not.
         converged: ``(B,)`` bool.
         trace: the recorded relaxation, if asked for.
     """
@@ -197,6 +199,10 @@ class Solver(ABC):
         """Strength of the self-coupling that this solver adds to the equilibrium; 0 unless recurrent."""
         return 0.0
 
+    def extrapolates(self) -> bool:
+        """Whether a step may raise the residual, so that a settled example keeps the iterate that was checked."""
+        return False
+
     def solve(
         self,
         problem: Problem,
@@ -220,32 +226,33 @@ class Solver(ABC):
         done = torch.zeros(size, dtype=torch.bool, device=device)
         steps = torch.zeros(size, dtype=torch.int64, device=device)
         residual = torch.full((size,), math.inf, dtype=next(iter(a.values())).abs().dtype, device=device)
-        final, any_done = a, False
+        final, final_h, any_done = a, h, False
         log: list[tuple[Tensor, Tensor | None, State | None]] = []
         for t in range(1, self.max_steps + 1):
-            new_a, new_h, field = self.step(problem, a, h, carry)
-            last = t == self.max_steps
-            check = last or (self.tolerance > 0 and t % self.check_every == 0)
+            old, old_h = a, h
+            a, h, field = self.step(problem, a, h, carry)
+            check = t == self.max_steps or (self.tolerance > 0 and t % self.check_every == 0)
             ratio = None
             if check or record or callback:
                 with torch.no_grad():
-                    ratio = measure({n: f - a[n] for n, f in field.items()}, a)
+                    ratio = measure({n: f - old[n] for n, f in field.items()}, old)
             if record and ratio is not None:
-                energy = problem.energy(a, h)
-                log.append((ratio, energy, dict(a) if record == "states" else None))
-            a, h = new_a, new_h
+                log.append((ratio, problem.energy(old, old_h), dict(old) if record == "states" else None))
             if callback is not None:
                 callback(Step(t, a, h, ratio))
             if check and ratio is not None:
-                # examples settled earlier keep what they had; the others take the newest iterate
-                final = {n: torch.where(per_example(done, x), final[n], x) for n, x in a.items()} if any_done else a
+                # what an example that settles now keeps; those settled earlier keep what they had
+                kept, kept_h = (old, old_h) if self.extrapolates() else (a, h)
+                final, final_h = _where(done, (final, final_h), (kept, kept_h)) if any_done else (kept, kept_h)
                 residual = torch.where(done, residual, ratio)
                 steps = torch.where(done, steps, t)
                 done = done | (ratio <= self.tolerance)
                 # an example that overflowed cannot settle any more, but must not stop the others
                 finished = (done | ~torch.isfinite(ratio)).all()
-                all_finished, any_done = torch.stack([finished, done.any()]).tolist()
-                if all_finished:
+                all_finished, any_done, all_done = torch.stack([finished, done.any(), done.all()]).tolist()
+                if all_finished or t == self.max_steps:
+                    if not all_done and self.extrapolates():
+                        final, final_h = _where(done, (final, final_h), (a, h))
                     break
         trace = None
         if log:
@@ -256,8 +263,14 @@ class Solver(ABC):
                 torch.stack(energies) if energies else None,
                 states or None,
             )
-        h = h if final is a else problem.activate(final)
-        return Solution(final, h, steps, residual, done, trace)
+        return Solution(final, final_h, steps, residual, done, trace)
+
+
+def _where(done: Tensor, a: tuple[State, State], b: tuple[State, State]) -> tuple[State, State]:
+    first, second = (
+        {n: torch.where(per_example(done, x), x, new[n]) for n, x in old.items()} for old, new in zip(a, b, strict=True)
+    )
+    return first, second
 
 
 def require(where: str, name: str, value: object, ok: bool, expected: str, remedy: str) -> None:

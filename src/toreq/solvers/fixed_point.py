@@ -17,11 +17,13 @@ class Fading:
     r"""A fading torus of the last R iterates as a term of the energy,
     :math:`-\tfrac12\sum_r\alpha\rho^{\,r-1}\|h - m_r\|^2` in K.
 
-    At equilibrium all slots equal h and the term vanishes, so neither equilibrium nor gradient moves: it is damping
-    (``alpha > 0``), or on one slot momentum (``alpha < 0``, heavy ball with momentum :math:`-\gamma\alpha`; Polyak
-    1964).
-    ``mode="recurrent"`` adds :math:`\alpha\sum_r\rho^{\,r-1} h(t - r)` to the field instead, which at equilibrium is a
-    self-coupling; :class:`toreq.Equilibrium` then adds that self-coupling to the energy, so that gradients stay exact.
+    At equilibrium all slots equal h and the term vanishes, so neither equilibrium nor gradient moves. With
+    ``alpha > 0`` it is damping, treated implicitly in the pre-activations,
+    :math:`f \leftarrow (f + \sum_r\alpha\rho^{\,r-1} a(t - r))/(1 + \sum_r\alpha\rho^{\,r-1})` with the present state
+    in the first slot (explicitly, its delay would make it unstable). With ``alpha < 0`` on one slot it is momentum
+    (heavy ball with momentum :math:`-\gamma\alpha`; Polyak 1964). ``mode="recurrent"`` adds
+    :math:`\alpha\sum_r\rho^{\,r-1} h(t - r)` to the field instead, which at equilibrium is a self-coupling;
+    :class:`toreq.Equilibrium` then adds that self-coupling to the energy, so that gradients stay exact.
 
     Args:
         alpha: weight of the newest slot; any sign, not 0.
@@ -54,6 +56,11 @@ class Fading:
             "'memory' or 'recurrent'",
             "choose one",
         )
+
+    @property
+    def damps(self) -> bool:
+        """Whether the term is damping, and so is treated implicitly."""
+        return self.mode == "memory" and self.alpha > 0
 
     @property
     def total(self) -> float:
@@ -92,10 +99,14 @@ class FixedPoint(Solver):
     def self_coupling(self) -> float:
         return self.torus.total if self.torus is not None and self.torus.mode == "recurrent" else 0.0
 
+    def extrapolates(self) -> bool:
+        return self.torus is not None
+
     def begin(self, problem: Problem, a: State, h: State) -> dict[str, Ring] | None:
         if self.torus is None:
             return None
-        return {n: Ring(t, self.torus.length, self.torus.decay) for n, t in h.items()}
+        kept = a if self.torus.damps else h
+        return {n: Ring(t, self.torus.length, self.torus.decay) for n, t in kept.items()}
 
     def step(self, problem: Problem, a: State, h: State, carry: dict[str, Ring] | None) -> tuple[State, State, State]:
         if self.order == "jacobi":
@@ -114,7 +125,11 @@ class FixedPoint(Solver):
         self, a: torch.Tensor, h: torch.Tensor, f: torch.Tensor, n: str, carry: dict[str, Ring] | None
     ) -> torch.Tensor:
         if carry is not None and self.torus is not None:
-            ring = carry[n]
-            f = f + (self.torus.alpha * ring.fading_sum - self.torus.total * h)
-            ring.push(h)
+            ring, torus = carry[n], self.torus
+            if torus.damps:
+                ring.push(a)
+                f = (f + torus.alpha * ring.fading_sum) / (1 + torus.total)
+            else:
+                f = f + (torus.alpha * ring.fading_sum - torus.total * h)
+                ring.push(h)
         return f if self.damping == 1 else torch.lerp(a, f, self.damping)

@@ -9,7 +9,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from toreq.core import Bilinear, Conv, Coupling, Dense, Drive, Energy, Lateral, Node, activation, control_norm
+from toreq.core import (
+    Activation,
+    Bilinear,
+    Conv,
+    Coupling,
+    Dense,
+    Drive,
+    Energy,
+    Lateral,
+    Node,
+    Tanh,
+    activation,
+    control_norm,
+)
 from toreq.errors import ConfigError
 from toreq.estimators import Estimator
 from toreq.solvers import Anderson, Solver
@@ -33,6 +46,8 @@ class DeepHopfield(System):
         solver, estimator: override the shipped ones.
         hidden: widths of the hidden layers.
         nonlinearity: of the hidden layers.
+        gain: ratio of one layer's slope to that of the layer below (tanh only; 16 when None). The way up is then
+            ``gain`` times as strong as the way down, at the same radius of the relaxation.
         gated: add a gated lateral coupling on the first layer.
         output: ``"head"`` or ``"node"``.
         coupling_scale: the initial couplings' deviation is this over the square root of fan-in.
@@ -48,6 +63,7 @@ class DeepHopfield(System):
         *,
         hidden: Sequence[int] = (512, 256),
         nonlinearity: str = "tanh",
+        gain: float | None = None,
         gated: bool = False,
         output: str = "head",
         coupling_scale: float = 0.4,
@@ -61,14 +77,15 @@ class DeepHopfield(System):
         widths = list(self.hidden) + ([num_classes] if output == "node" else [])
         names = [f"h{i + 1}" for i in range(len(self.hidden))] + (["output"] if output == "node" else [])
         kinds = [nonlinearity] * len(self.hidden) + (["identity"] if output == "node" else [])
-        nodes = [Node(n, w, activation(k)) for n, w, k in zip(names, widths, kinds, strict=True)]
+        slopes = _slopes(nonlinearity, gain, len(self.hidden)) + [1.0] * (len(widths) - len(self.hidden))
+        nodes = [Node(n, w, _activation(k, g)) for n, w, k, g in zip(names, widths, kinds, slopes, strict=True)]
         couplings: list[Coupling] = [Drive("h1", nn.Sequential(nn.Flatten(), nn.Linear(inputs, widths[0])))]
         joint, own = chain_bounds(norm_bound, len(widths), gated)
         for i, (a, b) in enumerate(pairwise(widths)):
             couplings.append(Drive(names[i + 1], Bias((b,))))
             op = Dense(a, b, scale=coupling_scale / math.sqrt(a))
             if joint is not None:
-                control_norm(op, joint)
+                control_norm(op, joint / math.sqrt(slopes[i] * slopes[i + 1]))
             couplings.append(Bilinear(op, names[i], names[i + 1]))
         if gated:
             gate = nn.Sequential(nn.Flatten(), nn.Linear(inputs, widths[0]), nn.Sigmoid())
@@ -112,6 +129,8 @@ class ConvHopfield(System):
         stride: stride of every convolution.
         padding: zero padding of every convolution.
         nonlinearity: of the hidden layers.
+        gain: ratio of one layer's slope to that of the layer below (tanh only; 16 when None). The way up is then
+            ``gain`` times as strong as the way down, at the same radius of the relaxation.
         gated: add a gated lateral coupling on the first layer.
         coupling_scale: the initial couplings' deviation is this over the square root of fan-in.
         norm_bound: bound on the norm of all couplings together, which bounds the relaxation's radius; None: free.
@@ -129,6 +148,7 @@ class ConvHopfield(System):
         stride: int = 2,
         padding: int = 0,
         nonlinearity: str = "tanh",
+        gain: float | None = None,
         gated: bool = False,
         coupling_scale: float = 0.5,
         norm_bound: float | None = 0.8,
@@ -149,11 +169,12 @@ class ConvHopfield(System):
         shapes = [probe.out_shape]
         couplings: list[Coupling] = [Drive("h1", first)]
         joint, own = chain_bounds(norm_bound, len(self.channels), gated)
+        slopes = _slopes(nonlinearity, gain, len(self.channels))
         for i, c in enumerate(channels[1:], start=1):
             fan_in = channels[i - 1] * kernel * kernel
             op = Conv(shapes[-1], c, *self.geometry, scale=coupling_scale / math.sqrt(fan_in))
             if joint is not None:
-                control_norm(op, joint)
+                control_norm(op, joint / math.sqrt(slopes[i - 1] * slopes[i]))
             shapes.append(op.out_shape)
             couplings.append(Drive(f"h{i + 1}", Bias((c, 1, 1), op.out_shape)))
             couplings.append(Bilinear(op, f"h{i}", f"h{i + 1}"))
@@ -163,7 +184,10 @@ class ConvHopfield(System):
             if own is not None:
                 control_norm(lateral, own)
             couplings.append(Lateral(lateral, "h1", gate))
-        nodes = [Node(f"h{i + 1}", s, activation(nonlinearity)) for i, s in enumerate(shapes)]
+        nodes = [
+            Node(f"h{i + 1}", s, _activation(nonlinearity, g))
+            for i, (s, g) in enumerate(zip(shapes, slopes, strict=True))
+        ]
         solver = Anderson(tolerance=1e-3) if solver is None else solver
         head = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shapes[-1]), num_classes))
         self.assemble(Energy(nodes, couplings), solver, estimator, head)
@@ -199,6 +223,22 @@ class Bias(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.value.expand(x.shape[0], *self.expanded)
+
+
+def _slopes(nonlinearity: str, gain: float | None, layers: int) -> list[float]:
+    if gain is not None and nonlinearity != "tanh":
+        raise ConfigError(
+            f"DeepHopfield: expected gain=None with nonlinearity={nonlinearity!r}, got {gain}; only tanh has a "
+            f"slope to set"
+        )
+    if gain is not None and not gain > 0:
+        raise ConfigError(f"DeepHopfield: expected gain > 0, got {gain}; 1 makes all layers alike")
+    ratio = (16.0 if gain is None else gain) if nonlinearity == "tanh" else 1.0
+    return [ratio**i for i in range(layers)]
+
+
+def _activation(kind: str, slope: float) -> Activation:
+    return Tanh(slope) if kind == "tanh" else activation(kind)
 
 
 def _output(kind: str) -> str:
