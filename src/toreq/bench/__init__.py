@@ -1,0 +1,1 @@
+"""Benchmarks, outside the tests' pass or fail: ``make bench``."""
