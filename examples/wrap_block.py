@@ -1,10 +1,11 @@
 """An ordinary transformer block as an equilibrium layer: patches of MNIST as tokens, h* = block(h* + x).
 
-python examples/wrap_block.py [--train 1000] [--epochs 2]
+python examples/wrap_block.py [--train 1000] [--epochs 3]
 
 `toreq.wrap` makes the prediction-error energy E = 1/2 |h - block(h + x)|^2 of any deterministic module, and trains it
 by one nudged phase. The block must contract. A post-norm block whose last layer norm starts with a small gain does; a
-pre-norm block adds its input to its output, which puts eigenvalues near 1 into the loop.
+pre-norm block adds its input to its output, which puts eigenvalues near 1 into the loop. Nothing bounds an ordinary
+block in training, so longer runs may leave single examples unsettled: the layer then warns, and `last` counts them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ class PatchTransformer(nn.Module):
     def __init__(self, features: int = 32) -> None:
         super().__init__()
         self.embed = nn.Linear(49, features)
-        self.position = nn.Parameter(0.1 * torch.randn(16, features))
+        self.position = nn.Parameter(torch.randn(16, features))
         block = nn.TransformerEncoderLayer(features, 4, 2 * features, dropout=0.0, batch_first=True)
-        nn.init.constant_(block.norm2.weight, 0.5)
-        solver = toreq.solvers.Anderson(tolerance=1e-4, max_steps=300)
+        nn.init.constant_(block.norm2.weight, 0.3)
+        solver = toreq.solvers.Anderson(tolerance=3e-4, max_steps=300)
         self.settle = toreq.wrap(block, (16, features), inject="add", solver=solver)
         self.head = nn.Linear(16 * features, 10)
 
@@ -44,7 +45,7 @@ def gradient(net: PatchTransformer, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
 
-def main(train: int = 1000, test: int = 1000, epochs: int = 2, seed: int = 0) -> tuple[float, float]:
+def main(train: int = 1000, test: int = 1000, epochs: int = 3, seed: int = 0) -> tuple[float, float]:
     """Train; return the cosine of the first gradient with the implicit one, and the test accuracy in [0, 1]."""
     torch.manual_seed(seed)
     mnist = data.load("mnist").limit(train=train, test=test)
@@ -81,6 +82,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, default=1000, help="training images (default: 1000)")
     parser.add_argument("--test", type=int, default=1000, help="test images (default: 1000)")
-    parser.add_argument("--epochs", type=int, default=2, help="passes over them (default: 2)")
+    parser.add_argument("--epochs", type=int, default=3, help="passes over them (default: 3)")
     parser.add_argument("--seed", type=int, default=0)
     main(**vars(parser.parse_args()))

@@ -47,7 +47,7 @@ def test_new_energy_fits_in_fifteen_lines() -> None:
 
 
 def test_wrapped_block_has_the_implicit_gradient_and_learns() -> None:
-    cosine, accuracy = load("wrap_block").main(train=200, test=200, epochs=2)
+    cosine, accuracy = load("wrap_block").main(train=300, test=200, epochs=3)
     assert cosine > 0.999
     assert accuracy > 2 * CHANCE
 
