@@ -114,25 +114,25 @@ class Dynamics(nn.Module, ABC):
             for n, s in self.shapes.items()
         }
         for n, t in a.items():
-            self._check_shape(n, t, size)
+            self._check_shape("drive", n, t, size)
         if len(a) > 1:
             h = self.activate(a, bindings)
             for n in self.names[1:]:
                 a[n] = self.map(h, bindings, static, frozenset([n]))[n]
-                self._check_shape(n, a[n], size)
+                self._check_shape("field", n, a[n], size)
                 h.update(self.activate({n: a[n]}, bindings))
         return a
 
-    def _check_shape(self, name: str, t: Tensor, size: int) -> None:
+    def _check_shape(self, what: str, name: str, t: Tensor, size: int) -> None:
         if t.shape != (size, *self.shapes[name]):
             raise ConfigError(
-                f"{type(self).__name__}: expected a field of shape {(size, *self.shapes[name])} on node {name!r}, got "
+                f"{type(self).__name__}: expected a {what} of shape {(size, *self.shapes[name])} on node {name!r}, got "
                 f"{tuple(t.shape)}; check the shapes of its drive and operators, and of the input"
             )
 
     def colours(self) -> list[frozenset[str]]:
-        """Groups of nodes that do not read each other, for block sweeps; one node a group unless known better."""
-        return [frozenset([n]) for n in self.names]
+        """Groups of nodes that do not read each other, for block sweeps; all in one group when nothing is known."""
+        return [frozenset(self.names)]
 
     def field_gradient(self, u: State, w: State, a: State, h: State, bindings: Bindings) -> list[Tensor | None]:
         r"""Gradient of :math:`\langle u, f(h;\theta)\rangle + \langle w, \sigma(a;\theta)\rangle` for each bound

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from toreq.core.operators import Operator
 from toreq.errors import ConfigError
 
-_DIRECTIONS = 4
+_DIRECTIONS = 8
 
 
 class _Matrix(Operator):

@@ -32,7 +32,7 @@ def check_block(where: str, block: nn.Module) -> None:
         rate = module.p if isinstance(module, _RANDOM) else getattr(module, "dropout", 0.0)
         if isinstance(rate, float) and rate > 0:
             raise ConfigError(
-                f"{where}: expected a deterministic block, got {type(module).__name__} with dropout {rate} at "
+                f"{where}: expected a deterministic block, got {type(module).__name__}(p={rate}) at "
                 f"{name!r}; "
                 "noise redrawn at every step has no fixed point: set it to 0 or put dropout outside the equilibrium"
             )

@@ -199,6 +199,11 @@ class Contrastive(Estimator):
         beta = self.beta * norm(free.h) / direct
         return torch.where(torch.isfinite(beta) & (beta > 0), beta, torch.ones_like(beta))
 
+    @staticmethod
+    def active(v: State) -> Tensor:
+        """Examples with a cotangent, ``(B,)``; one that is not finite counts, so that it is noticed."""
+        return ~(norm(v) == 0)
+
     def relax(
         self, problem: Problem, start: State, free: FreePhase, measure: Measure, active: Tensor, record: bool
     ) -> Solution:
@@ -217,7 +222,7 @@ class Contrastive(Estimator):
 
         def judged(r: State, a: State) -> Tensor:
             ratio = measure(r, a)
-            times = ratio.shape[0] // active.shape[0]
+            times = ratio.shape[0] // max(active.shape[0], 1)
             return torch.where(active.repeat(times), ratio, torch.zeros_like(ratio))
 
         steps = free.solver.max_steps if self.max_steps is None else self.max_steps

@@ -49,7 +49,7 @@ class OneSided(Contrastive):
     def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
         energy = _energy(free)
         v = nudge.cotangent(free.h)
-        beta, active = self.betas(free, v), norm(v) > 0
+        beta, active = self.betas(free, v), self.active(v)
         settled = self._settled(free, scaled(v, beta), active)
         free = replace(free, a=settled.state, h=settled.h)
         force, extra = self.force(nudge, free.h, beta)
@@ -67,7 +67,7 @@ class OneSided(Contrastive):
         return Estimate(gradients, statistics, solution)
 
     def _settled(self, free: FreePhase, push: State, active: Tensor) -> Solution:
-        response = norm(free.dynamics.derivative(free.a, free.h, push, free.bindings))
+        response = norm(push)  # of the pre-activations, to first order: the residual is one of these too
 
         def measure(r: State, a: State) -> Tensor:
             size = norm(r)
@@ -168,7 +168,7 @@ class Holomorphic(Contrastive):
         start = {n: torch.cat([t] * count).to(wide) for n, t in free.a.items()}
         force = scaled({n: torch.cat([t] * count).to(wide) for n, t in v.items()}, -beta)
         problem = Relaxation(energy, cast(repeated(free.bindings, count), wide), force)
-        active = norm(v) > 0
+        active = self.active(v)
         solution = self.relax(problem, start, free, displacement_from(start), active, record)
         weight = 2 * active.repeat(count) / (self.points * beta)
         gradients = self._cauchy(energy, solution, weight, free.bindings, count, wide)

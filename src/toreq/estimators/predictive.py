@@ -11,7 +11,7 @@ from torch import Tensor
 from toreq.core.couplings import Only
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.residual import Residual
-from toreq.core.state import Bindings, State, difference, norm, scaled
+from toreq.core.state import Bindings, State, difference, scaled
 from toreq.estimators.base import Contrastive, Estimate, FreePhase, Nudge, Statistics, Support
 from toreq.estimators.pairs import relative_response
 from toreq.solvers.base import relative, require
@@ -110,7 +110,7 @@ class Predictive(Contrastive):
         start |= {f"h_{n}": t for n, t in free.h.items()}
         damping = free.solver.damping if isinstance(free.solver, FixedPoint) else 1.0
         sweep = FixedPoint(damping=damping, order="gauss_seidel", max_steps=free.solver.max_steps)
-        active = norm(v) > 0
+        active = self.active(v)
         solution = self.relax(problem, start, replace(free, solver=sweep), _errors_only, active, record)
         state = {n: solution.h[f"h_{n}"] for n in energy.names}
         grads: dict[str, dict[str, Tensor]] = {}

@@ -34,11 +34,11 @@ class Anderson(Solver):
     .. math:: a \leftarrow \sum_r c_r\,(a_r + \gamma g_r), \quad c = \arg\min_{\sum c = 1}
               \Big\|\sum_r c_r g_r\Big\|^2 + \lambda\,\mathrm{tr}(G)\|c\|^2, \quad g = \mathrm{field} - a
 
-    With ``order="gauss_seidel"`` (default) the accelerated map is a block sweep over the colours of the node
-    graph, seen from
-    all nodes but the first colour's, which the sweep recomputes from the others: on a layered network half the
-    nodes are
-    eliminated and the map's radius is squared. One colour (a single node, or full lateral coupling) is the Jacobi map.
+    With ``order="gauss_seidel"`` (default) and a node graph of two colours, which layered networks have, the
+    accelerated
+    map is a block sweep seen from the second colour: the sweep recomputes the first from it, so these nodes are
+        eliminated
+    and the map's radius is squared. With any other number of colours it is the Jacobi map.
 
     Safeguarded: an example whose residual exceeds ``safeguard`` times its best so far forgets its history and takes one
     damped step. Only the newest row of the Gram matrix is computed each step; the R x R systems are solved in float64.
@@ -69,9 +69,18 @@ class Anderson(Solver):
     def extrapolates(self) -> bool:
         return True
 
+    def checked(self, carry: _History, old: tuple[State, State], new: tuple[State, State]) -> tuple[State, State]:
+        # the eliminated nodes have been recomputed from the old state of the others: their own residual is zero
+        a, h = (
+            {n: x if n in carry.moved else swept[n] for n, x in o.items()} for o, swept in zip(old, new, strict=True)
+        )
+        return a, h
+
     def begin(self, problem: Problem, a: State, h: State) -> _History:
-        colours = problem.colours() if self.order == "gauss_seidel" else [frozenset(a)]
-        moved = frozenset(a) if len(colours) == 1 else frozenset(a) - colours[0]
+        colours = problem.colours()
+        if self.order == "jacobi" or len(colours) != 2:
+            colours = [frozenset(a)]
+        moved = colours[-1]
         last = frozenset(n for n, t in a.items() if _channels_last(t))
         flat = _flatten({n: t for n, t in a.items() if n in moved}, last)
         size, n = flat.shape
@@ -101,13 +110,9 @@ class Anderson(Solver):
     def _sweep(problem: Problem, a: State, h: State, carry: _History) -> tuple[State, State]:
         if len(carry.colours) == 1:
             return problem.field(h), {}
-        h, field = dict(h), {}
-        for i, colour in enumerate(carry.colours):
-            part = problem.field(h, colour)
-            field.update(part)
-            if i < len(carry.colours) - 1:  # nobody reads the last colour before the extrapolation replaces it
-                h.update(problem.activate(part))
-        return field, {n: h[n] for n in a if n not in carry.moved}
+        first = problem.field(h, carry.colours[0])
+        swept = problem.activate(first)
+        return {**first, **problem.field({**h, **swept}, carry.colours[1])}, swept
 
     def _coefficients(self, g: Tensor, y: Tensor, carry: _History) -> Tensor:
         size = torch.linalg.vector_norm(g, dim=1)

@@ -203,6 +203,10 @@ class Solver(ABC):
         """Whether a step may raise the residual, so that a settled example keeps the iterate that was checked."""
         return False
 
+    def checked(self, carry: Any, old: tuple[State, State], new: tuple[State, State]) -> tuple[State, State]:
+        """The ``(a, h)`` to which the last residual belongs; only asked of solvers that extrapolate."""
+        return old
+
     def solve(
         self,
         problem: Problem,
@@ -242,7 +246,7 @@ class Solver(ABC):
                 callback(Step(t, a, h, ratio))
             if check and ratio is not None:
                 # what an example that settles now keeps; those settled earlier keep what they had
-                kept, kept_h = (old, old_h) if self.extrapolates() else (a, h)
+                kept, kept_h = self.checked(carry, (old, old_h), (a, h)) if self.extrapolates() else (a, h)
                 final, final_h = _where(done, (final, final_h), (kept, kept_h)) if any_done else (kept, kept_h)
                 residual = torch.where(done, residual, ratio)
                 steps = torch.where(done, steps, t)
