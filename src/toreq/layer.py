@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,16 +19,8 @@ from toreq.core.state import Bindings, State, detached, leaves
 from toreq.errors import ConfigError, ConvergenceWarning, DivergenceError
 from toreq.estimators import Centered, Estimator, NonConservative, Predictive, Statistics, Unrolled
 from toreq.estimators.base import Cost, FreePhase, LinearNudge
-from toreq.settle import Settle, full_precision
+from toreq.settle import Last, Settle, cost_per_example, full_precision
 from toreq.solvers import Fading, FixedPoint, Relaxation, Solution, Solver, Step
-
-
-@dataclass
-class Last:
-    """Statistics of the latest free and nudged phase; None before the first."""
-
-    free: Statistics | None = None
-    nudged: Statistics | None = None
 
 
 class Equilibrium(nn.Module):
@@ -148,7 +139,7 @@ class Equilibrium(nn.Module):
         flat = leaves(bindings)
         if isinstance(self._estimator, Unrolled):
             out = self._unrolled(bindings, self._estimator)
-            return self._cost_of(out, cost).mean() if cost else self._shape(out)
+            return cost_per_example(out, cost).mean() if cost else self._shape(out)
         if getattr(self._estimator, "nudge", None) == "cost" and cost is None and torch.is_grad_enabled():
             raise ConfigError(
                 "Equilibrium: expected loss(x, cost) with nudge='cost', got forward(x); a cotangent alone is a "
@@ -160,26 +151,15 @@ class Equilibrium(nn.Module):
             if cost is None:
                 return self._shape(dict(zip(self.readout, result, strict=True)))
             # parameters of the cost itself do not pass the equilibrium: their gradient is the direct one
-            direct = self._cost_of(dict(zip(self.readout, result[1:], strict=True)), cost).mean()
+            direct = cost_per_example(dict(zip(self.readout, result[1:], strict=True)), cost).mean()
             return result[0] + (direct - direct.detach()) if direct.requires_grad else result[0]
         with torch.no_grad():
-            free = self._free(detached(bindings))
+            free = self.free_phase(detached(bindings))
             out = {n: free.h[n] for n in self.readout}
-            return self._cost_of(out, cost).mean() if cost else self._shape(out)
+            return cost_per_example(out, cost).mean() if cost else self._shape(out)
 
     def _shape(self, out: State) -> Any:
         return out[self.readout[0]] if self.single else out
-
-    @staticmethod
-    def _cost_of(out: State, cost: Cost) -> Tensor:
-        value = cost(out)
-        size = next(iter(out.values())).shape[0]
-        if value.shape != (size,):
-            raise ConfigError(
-                f"Equilibrium.loss: expected one cost per example, shape {(size,)}, got {tuple(value.shape)}; "
-                "do not reduce over the batch"
-            )
-        return value
 
     def _unrolled(self, bindings: Bindings, estimator: Unrolled) -> State:
         solver = estimator.loop(self._solver)
@@ -189,12 +169,13 @@ class Equilibrium(nn.Module):
         self._note(solution, "free", expected=estimator.steps is None)
         return {n: solution.h[n] for n in self.readout}
 
-    def _free(
+    def free_phase(
         self,
         bindings: Bindings,
         record: bool | str = False,
         callback: Callable[[Step], None] | None = None,
     ) -> Solution:
+        """The free equilibrium of detached bindings; its statistics go to :attr:`last`."""
         with torch.no_grad(), full_precision(bindings):
             start = self.dynamics.initial(bindings)
             solution = self._solver.solve(
@@ -212,7 +193,7 @@ class Equilibrium(nn.Module):
             callback: called after every step with a :class:`~toreq.solvers.Step`.
         """
         with torch.no_grad():
-            return self._free(detached(self.dynamics.bind(x)), record, callback)
+            return self.free_phase(detached(self.dynamics.bind(x)), record, callback)
 
     def solve_nudged(self, x: Any, cotangent: Tensor | State, record: bool = False) -> Solution:
         """The nudged phase for a given cotangent of the read-out (for ``Centered``: +beta stacked on -beta).
@@ -224,7 +205,7 @@ class Equilibrium(nn.Module):
         """
         with torch.no_grad():
             bindings = detached(self.dynamics.bind(x))
-            free = self._free(bindings)
+            free = self.free_phase(bindings)
             v = {self.readout[0]: cotangent} if isinstance(cotangent, Tensor) else cotangent
             phase = FreePhase(self.dynamics, bindings, self._solver, free.state, free.h)
             with full_precision(bindings):
@@ -236,7 +217,7 @@ class Equilibrium(nn.Module):
         """Mean over the batch of the relaxation Jacobian's spectral radius at equilibrium (below 1: it contracts)."""
         with torch.no_grad():
             bindings = detached(self.dynamics.bind(x))
-            solution = self._free(bindings)
+            solution = self.free_phase(bindings)
             return float(relaxation_radius(self.dynamics, bindings, solution.state, iterations).mean())
 
     @contextlib.contextmanager
@@ -259,9 +240,10 @@ class Equilibrium(nn.Module):
                 f"{int(statistics.steps.max())} steps; lower the damping, control the couplings' norm, or check "
                 f"the input"
             )
-        self._warn_unsettled(statistics, phase, expected)
+        self.warn_unsettled(statistics, phase, expected)
 
-    def _warn_unsettled(self, statistics: Statistics, phase: str, expected: bool) -> None:
+    def warn_unsettled(self, statistics: Statistics, phase: str, expected: bool) -> None:
+        """Warn, once in each phase, of examples above the tolerance (if settling was ``expected`` at all)."""
         unsettled = ~statistics.converged
         if self.warn and expected and phase not in self._warned and bool(unsettled.any()):
             self._warned.add(phase)

@@ -3,20 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from toreq.core.state import Bindings, leaves, with_leaves
-from toreq.errors import DivergenceError
-from toreq.estimators.base import Cost, CostNudge, FreePhase, LinearNudge, Nudge
+from toreq.core.energy import Dynamics
+from toreq.core.state import Bindings, State, leaves, with_leaves
+from toreq.errors import ConfigError, DivergenceError
+from toreq.estimators.base import Cost, CostNudge, Estimator, FreePhase, LinearNudge, Nudge, Statistics
+from toreq.solvers.base import Solution, Solver
 
-if TYPE_CHECKING:
-    from toreq.layer import Equilibrium
+
+@dataclass
+class Last:
+    """Statistics of the latest free and nudged phase; None before the first."""
+
+    free: Statistics | None = None
+    nudged: Statistics | None = None
+
+
+@runtime_checkable
+class Host(Protocol):
+    """What :class:`Settle` needs of the layer it works for."""
+
+    readout: tuple[str, ...]
+    last: Last
+    dynamics: Dynamics
+
+    @property
+    def solver(self) -> Solver: ...
+
+    @property
+    def estimator(self) -> Estimator: ...
+
+    def free_phase(self, bindings: Bindings) -> Solution: ...
+
+    def warn_unsettled(self, statistics: Statistics, phase: str, expected: bool) -> None: ...
+
+
+def cost_per_example(out: State, cost: Cost) -> Tensor:
+    """The cost of the read-out, ``(B,)``.
+
+    Raises:
+        ConfigError: when the cost has been reduced over the batch.
+    """
+    value = cost(out)
+    size = next(iter(out.values())).shape[0]
+    if value.shape != (size,):
+        raise ConfigError(
+            f"Equilibrium.loss: expected one cost per example, shape {(size,)}, got {tuple(value.shape)}; "
+            "do not reduce over the batch"
+        )
+    return value
 
 
 def full_precision(bindings: Bindings) -> torch.autocast:
+    """A context without autocast: a contrast of equilibria needs the digits."""
     kind = next(iter(leaves(bindings))).device.type
     return torch.autocast(kind, enabled=False)
 
@@ -25,9 +69,9 @@ class Settle(torch.autograd.Function):
     """Free phase forward, estimator backward; everything bound before the loop is an ordinary autograd input."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Equilibrium, bindings: Bindings, cost: Cost | None, *flat: Tensor) -> Any:
+    def forward(ctx: Any, layer: Host, bindings: Bindings, cost: Cost | None, *flat: Tensor) -> Any:
         bound = with_leaves(bindings, [t.detach() for t in flat])
-        solution = layer._free(bound)
+        solution = layer.free_phase(bound)
         ctx.layer, ctx.structure, ctx.cost = layer, bound, cost
         ctx.estimator, ctx.solver = layer.estimator, layer.solver
         ctx.save_for_backward(*flat)
@@ -38,17 +82,16 @@ class Settle(torch.autograd.Function):
         if cost is None:
             return tuple(out.values())
         ctx.mark_non_differentiable(*out.values())
-        return layer._cost_of(out, cost).mean(), *out.values()
+        return cost_per_example(out, cost).mean(), *out.values()
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "Equilibrium.backward: expected a single backward, got create_graph=True; an equilibrium "
-                "contrast is not "
-                "differentiable again: use estimator=Unrolled() for double backward"
+                "contrast is not differentiable again: use estimator=Unrolled() for double backward"
             )
-        layer: Equilibrium = ctx.layer
+        layer: Host = ctx.layer
         none = (None, None, None)
         if all(c is None for c in cotangents):
             return (*none, *[None] * len(ctx.saved_tensors))
@@ -64,7 +107,7 @@ class Settle(torch.autograd.Function):
                 "control the couplings' norm"
             )
         tolerance = getattr(ctx.estimator, "tolerance", 0.0)
-        layer._warn_unsettled(estimate.statistics, "nudged", tolerance > 0)
+        layer.warn_unsettled(estimate.statistics, "nudged", tolerance > 0)
         needs = ctx.needs_input_grad[3:]
         grads = [
             None if g is None or not need else (g if factor is None else g * factor)
@@ -73,7 +116,7 @@ class Settle(torch.autograd.Function):
         return (*none, *grads)
 
 
-def _nudge(ctx: Any, layer: Equilibrium, cotangents: Sequence[Tensor | None]) -> tuple[Nudge, Tensor | None]:
+def _nudge(ctx: Any, layer: Host, cotangents: Sequence[Tensor | None]) -> tuple[Nudge, Tensor | None]:
     if ctx.cost is None:
         v = {n: c.to(ctx.h[n].dtype) for n, c in zip(layer.readout, cotangents, strict=True) if c is not None}
         return LinearNudge(v), None
