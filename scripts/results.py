@@ -1,0 +1,207 @@
+"""Write the results table of README.md and docs/results.md from the run summaries under evidence/results/foundation.
+
+    python scripts/results.py            rewrite the tables
+    python scripts/results.py --check    exit 1 if a table is not what the summaries give
+
+A summary is the summary.json that `toreq train` writes; runs that differ in their seed alone share a row. Nothing in
+the tables is typed: numbers, settings, machine and commands all come from the summaries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from toreq import systems, training
+from toreq.errors import ToreqError
+
+ROOT = Path(__file__).resolve().parent.parent
+SUMMARIES = ROOT / "evidence" / "results" / "foundation"
+NAME = "results"
+EMPTY = "No runs are committed yet."
+SIDES = ("eqprop", "bp-eq", "bp-ff")
+# what belongs to the place a run was made rather than to the run
+LOCAL = ("out", "checkpoint_every", "device", "threads", "system", "set", "side", "seed", "epochs")
+FLAGS = {"learning_rate": "lr"}
+UNREACHABLE = ("momentum", "final_learning_rate")
+
+Run = Mapping[str, Any]
+
+
+def replace_between(text: str, name: str, body: str, where: str = "text") -> str:
+    """Return ``text`` with ``body`` between its markers ``<!-- begin NAME -->`` and ``<!-- end NAME -->``."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ToreqError(f"{where}: expected the markers {begin} and {end} once and in this order; put them in")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n\n{body.strip()}\n\n{end}{rest.split(end)[1]}"
+
+
+def rewrite(bodies: Mapping[Path, Mapping[str, str]], check: bool) -> int:
+    """Put each body between its markers in each file; with ``check`` only say which files differ. 1 if any does."""
+    stale = []
+    for path, parts in bodies.items():
+        text = new = path.read_text(encoding="utf-8")
+        for name, body in parts.items():
+            new = replace_between(new, name, body, str(path))
+        if new != text:
+            stale.append(path)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'is out of date' if check else 'rewritten'}")
+    return int(check and bool(stale))
+
+
+def load(folder: Path = SUMMARIES) -> list[Run]:
+    """The summaries in ``folder``, sorted by file name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def command(run: Run) -> str:
+    """The command that makes this run anew: what differs from the system's recipe, spelled out."""
+    config, options = run["config"], dict(run["options"])
+    recipe = training.config_for(run["system"], options).to_json()
+    words = ["toreq", "train", str(run["system"])]
+    for key, value in options.items():
+        words += ["--set", f"{key}={value}"]
+    for name, value in config.items():
+        if name in LOCAL or value == recipe[name]:
+            continue
+        if name in UNREACHABLE or value is None:
+            raise ToreqError(f"results: expected settings that `toreq train` can be given, got {name}={value!r}")
+        words += [f"--{FLAGS.get(name, name).replace('_', '-')}", *([] if value is True else [str(value)])]
+    words += ["--epochs", str(config["epochs"]), "--side", str(run["side"]), "--seed", str(run["seed"])]
+    return shlex.join(words)
+
+
+def arch(run: Run) -> str:
+    """The architecture of a run."""
+    return str(run["options"].get("arch", systems.architectures(run["system"])[0]))
+
+
+def groups(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ in their seed alone, in the order of the systems, architectures and sides."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {name: value for name, value in run["config"].items() if name not in LOCAL}
+        key = [run["system"], run["options"], run["side"], run["epochs"], run["train_examples"], settings]
+        found.setdefault(json.dumps(key, sort_keys=True), []).append(run)
+
+    def order(group: list[Run]) -> tuple[int, int, str, int]:
+        run = group[0]
+        kinds = systems.architectures(run["system"])
+        return systems.names().index(run["system"]), kinds.index(arch(run)), run["data"], SIDES.index(run["side"])
+
+    return sorted((sorted(group, key=lambda run: run["seed"]) for group in found.values()), key=order)
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Half the 95% t interval of the mean; None for a single value."""
+    n = len(values)
+    if n < 2:
+        return None
+    mean = math.fsum(values) / n
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    return float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+
+
+def number(group: Sequence[Run], key: str, digits: int, scale: float = 1.0, spread: bool = False) -> str:
+    """The mean of a value over a group, with its interval if asked; a dash where no run has it."""
+    values = [scale * run[key] for run in group if run.get(key) is not None]
+    if not values:
+        return "-"
+    text = f"{math.fsum(values) / len(values):.{digits}f}"
+    half = interval(values) if spread else None
+    return text if half is None else f"{text} ± {half:.{digits}f}"
+
+
+COLUMNS = (
+    "network",
+    "side",
+    "test accuracy, %",
+    "couplings off, %",
+    "seeds",
+    "epochs",
+    "parameters",
+    "s/epoch",
+    "free steps",
+    "nudged steps",
+    "settled, %",
+    "asym",
+    "radius",
+)
+
+
+def row(group: Sequence[Run]) -> list[str]:
+    """One row of the table."""
+    run = group[0]
+    return [
+        f"{run['system']} {arch(run)}" + ("" if run["data"] == "mnist" else f", {run['data']}"),
+        str(run["side"]),
+        number(group, "test_accuracy", 2, 100, spread=True),
+        number(group, "couplings_off_accuracy", 1, 100),
+        str(len(group)),
+        str(run["epochs"]),
+        f"{run['parameters']:,}",
+        number(group, "seconds_per_epoch", 1),
+        number(group, "free_steps_mean", 1),
+        number(group, "nudged_steps_mean", 1),
+        number(group, "converged_fraction", 2, 100),
+        number(group, "asym_mean", 3),
+        number(group, "radius", 2),
+    ]
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; every column but the first two is right-aligned."""
+    rule = ["---" if i < 2 else "--:" for i in range(len(columns))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, rule, *rows])
+
+
+def machines(runs: Sequence[Run]) -> str:
+    """What the runs were made on."""
+    found = {
+        f"{e['processor']}, {e['threads']} {'thread' if e['threads'] == 1 else 'threads'}, torch "
+        f"{e['versions']['torch']}"
+        for e in (run["environment"] for run in runs)
+    }
+    return "; ".join(sorted(found))
+
+
+def body(runs: Sequence[Run]) -> str:
+    """The table, what it was measured on, and the command of each row."""
+    if not runs:
+        return EMPTY
+    grouped = groups(runs)
+    return "\n\n".join(
+        [
+            table(COLUMNS, [row(group) for group in grouped]),
+            f"Measured on {machines(runs)}. Mean over the seeds, ± half of the 95% t interval. `eqprop`: the system's "
+            "own estimator; `bp-eq`: the implicit gradient of the same network; `bp-ff`: backprop of the feed-forward "
+            "twin of the same widths. Steps, settled, asym and radius are those of the last epoch.",
+            "The command of each row (of its first seed):",
+            "```sh\n" + "\n".join(command(group[0]) for group in grouped) + "\n```",
+        ]
+    )
+
+
+def main() -> int:
+    """Rewrite or check the tables; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is out of date")
+    text = body(load())
+    files = {path: {NAME: text} for path in (ROOT / "README.md", ROOT / "docs" / "results.md")}
+    return rewrite(files, parser.parse_args().check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
