@@ -1,10 +1,11 @@
-"""Write the results table of README.md and docs/results.md from the run summaries under evidence/results/foundation.
+"""Write the tables of README.md, docs/results.md and docs/performance.md from evidence/results/foundation.
 
     python scripts/results.py            rewrite the tables
-    python scripts/results.py --check    exit 1 if a table is not what the summaries give
+    python scripts/results.py --check    exit 1 if a table is not what the files give
 
-A summary is the summary.json that `toreq train` writes; runs that differ in their seed alone share a row. Nothing in
-the tables is typed: numbers, settings, machine and commands all come from the summaries.
+A file is the summary.json of a run by `toreq train`, or, named bench*.json, what `python -m toreq.bench --json FILE`
+wrote. Runs that differ in their seed alone share a row. Nothing in the tables is typed: numbers, settings, machine and
+commands all come from the files.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from toreq.errors import ToreqError
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARIES = ROOT / "evidence" / "results" / "foundation"
 NAME = "results"
+BENCHES = "benches"
 EMPTY = "No runs are committed yet."
+NO_BENCHES = "No benchmarks are committed yet."
 SIDES = ("eqprop", "bp-eq", "bp-ff")
 # what belongs to the place a run was made rather than to the run
 LOCAL = ("out", "checkpoint_every", "device", "threads", "system", "set", "side", "seed", "epochs")
@@ -63,7 +66,16 @@ def rewrite(bodies: Mapping[Path, Mapping[str, str]], check: bool) -> int:
 
 def load(folder: Path = SUMMARIES) -> list[Run]:
     """The summaries in ``folder``, sorted by file name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [_read(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith("bench")]
+
+
+def load_benches(folder: Path = SUMMARIES) -> list[Run]:
+    """The benchmarks in ``folder``."""
+    return [result for path in sorted(folder.glob("bench*.json")) for result in _read(path)["results"]]
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def command(run: Run) -> str:
@@ -194,12 +206,37 @@ def body(runs: Sequence[Run]) -> str:
     )
 
 
+def bench_body(benches: Sequence[Run]) -> str:
+    """The ratios and the rows of each benchmark."""
+    if not benches:
+        return NO_BENCHES
+    parts = []
+    for bench in benches:
+        where = ", ".join(f"{key} {value}" for key, value in bench["environment"].items())
+        parts.append(f"### {bench['bench']}\n\nMeasured on: {where}.")
+        for lines in (bench["ratios"], bench["rows"]):
+            if lines:
+                columns = list(lines[0])
+                cells = [[_cell(line.get(key)) for key in columns] for line in lines]
+                parts.append(table([key.replace("_", " ") for key in columns], cells))
+    return "\n\n".join(parts)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def main() -> int:
     """Rewrite or check the tables; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is out of date")
     text = body(load())
     files = {path: {NAME: text} for path in (ROOT / "README.md", ROOT / "docs" / "results.md")}
+    files[ROOT / "docs" / "performance.md"] = {BENCHES: bench_body(load_benches())}
     return rewrite(files, parser.parse_args().check)
 
 

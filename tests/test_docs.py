@@ -82,6 +82,21 @@ def test_the_results_are_those_of_the_summaries(path: Path) -> None:
     assert (results.EMPTY in text) == (not runs)
 
 
+def test_the_benchmarks_are_those_of_their_files() -> None:
+    text = (DOCS / "performance.md").read_text()
+    body = results.bench_body(results.load_benches())
+    assert results.replace_between(text, results.BENCHES, body) == text, "run: python scripts/results.py"
+
+
+def test_a_benchmark_is_shown_with_its_ratios_and_rows() -> None:
+    ratio = {"name": "a / b", "value": 3.14159, "target": None, "holds": None}
+    rows = [{"side": "a", "step_median_ms": 2.0}]
+    text = results.bench_body([{"bench": "epoch", "environment": {"torch": "2"}, "ratios": [ratio], "rows": rows}])
+    assert "### epoch" in text
+    assert "| a / b | 3.14 | - | - |" in text
+    assert "| side | step median ms |" in text
+
+
 def links() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         prose = re.sub(r"```.*?```|`[^`\n]*`|\\\(.*?\\\)", "", page.read_text(), flags=re.DOTALL)

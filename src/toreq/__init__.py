@@ -1,6 +1,6 @@
 """toreq: PyTorch networks that settle to the equilibrium of an energy and learn from the contrast of two equilibria."""
 
-from toreq import core, errors, estimators, memory, solvers
+from toreq import core, errors, estimators, memory, solvers, systems
 from toreq.layer import Equilibrium, equilibria, wrap
 
 __version__ = "0.1.0"
@@ -17,12 +17,3 @@ __all__ = [
     "systems",
     "wrap",
 ]
-
-
-def __getattr__(name: str) -> object:
-    # systems import layers; loading them on first use keeps `import toreq` light
-    if name == "systems":
-        import importlib
-
-        return importlib.import_module("toreq.systems")
-    raise AttributeError(f"module 'toreq' has no attribute {name!r}")

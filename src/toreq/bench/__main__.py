@@ -1,4 +1,4 @@
-"""``python -m toreq.bench [epoch] [settling] [--json FILE]``: run benchmarks alone on a quiet machine."""
+"""``python -m toreq.bench [epoch] [settling] [systems] [--json FILE]``: run benchmarks alone on a quiet machine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from toreq.bench import epoch, settling
+from toreq.bench import epoch, settling, systems
 from toreq.io import atomic_write_json
 
-BENCHES: dict[str, Callable[[], dict[str, Any]]] = {"epoch": epoch.run, "settling": settling.run}
+BENCHES: dict[str, Callable[[], dict[str, Any]]] = {
+    "epoch": epoch.run,
+    "settling": settling.run,
+    "systems": systems.run,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,14 +14,14 @@ from toreq.solvers.base import Problem, Solver, require
 
 @dataclass(frozen=True, kw_only=True)
 class Fading:
-    r"""A fading torus of the last R iterates as a term of the energy,
-    :math:`-\tfrac12\sum_r\alpha\rho^{\,r-1}\|h - m_r\|^2` in K.
+    r"""A fading torus of the last R iterates, :math:`-\tfrac12\sum_r\alpha\rho^{\,r-1}\|a - m_r\|^2` beside the energy.
 
-    At equilibrium all slots equal h and the term vanishes, so neither equilibrium nor gradient moves. With
-    ``alpha > 0`` it is damping, treated implicitly in the pre-activations,
-    :math:`f \leftarrow (f + \sum_r\alpha\rho^{\,r-1} a(t - r))/(1 + \sum_r\alpha\rho^{\,r-1})` with the present state
-    in the first slot (explicitly, its delay would make it unstable). With ``alpha < 0`` on one slot it is momentum
-    (heavy ball with momentum :math:`-\gamma\alpha`; Polyak 1964). ``mode="recurrent"`` adds
+    It acts on the pre-activations, so that the slopes of the nodes do not scale it. At equilibrium all slots equal
+    a and
+    the term vanishes: neither equilibrium nor gradient moves. With ``alpha > 0`` it is damping, treated implicitly,
+    :math:`f \leftarrow (f + \sum_r\alpha\rho^{\,r-1} m_r)/(1 + \sum_r\alpha\rho^{\,r-1})` with the present state in the
+    first slot (explicitly, its delay would make it unstable). With ``alpha < 0`` on one slot it is momentum (heavy ball
+    with momentum :math:`-\gamma\alpha`; Polyak 1964). ``mode="recurrent"`` adds
     :math:`\alpha\sum_r\rho^{\,r-1} h(t - r)` to the field instead, which at equilibrium is a self-coupling;
     :class:`toreq.Equilibrium` then adds that self-coupling to the energy, so that gradients stay exact.
 
@@ -56,11 +56,6 @@ class Fading:
             "'memory' or 'recurrent'",
             "choose one",
         )
-
-    @property
-    def damps(self) -> bool:
-        """Whether the term is damping, and so is treated implicitly."""
-        return self.mode == "memory" and self.alpha > 0
 
     @property
     def total(self) -> float:
@@ -105,7 +100,7 @@ class FixedPoint(Solver):
     def begin(self, problem: Problem, a: State, h: State) -> dict[str, Ring] | None:
         if self.torus is None:
             return None
-        kept = a if self.torus.damps else h
+        kept = h if self.torus.mode == "recurrent" else a
         return {n: Ring(t, self.torus.length, self.torus.decay) for n, t in kept.items()}
 
     def step(self, problem: Problem, a: State, h: State, carry: dict[str, Ring] | None) -> tuple[State, State, State]:
@@ -126,10 +121,13 @@ class FixedPoint(Solver):
     ) -> torch.Tensor:
         if carry is not None and self.torus is not None:
             ring, torus = carry[n], self.torus
-            if torus.damps:
+            if torus.mode == "recurrent":
+                f = f + (torus.alpha * ring.fading_sum - torus.total * h)
+                ring.push(h)
+            elif torus.alpha > 0:
                 ring.push(a)
                 f = (f + torus.alpha * ring.fading_sum) / (1 + torus.total)
             else:
-                f = f + (torus.alpha * ring.fading_sum - torus.total * h)
-                ring.push(h)
+                f = f + (torus.alpha * ring.fading_sum - torus.total * a)
+                ring.push(a)
         return f if self.damping == 1 else torch.lerp(a, f, self.damping)
