@@ -30,6 +30,9 @@ class Affine:
     def colours(self) -> list[frozenset[str]]:
         return [frozenset(["h"])]
 
+    def eliminable(self) -> frozenset[str]:
+        return frozenset()
+
     def energy(self, a: State, h: State) -> Tensor | None:
         return None
 

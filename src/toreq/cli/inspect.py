@@ -9,6 +9,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from toreq.cli.parsing import parse_set
+from toreq.errors import ConfigError
+
 _Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
@@ -39,12 +42,22 @@ class Check:
     """A system by name, or a run folder."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the results to this file."""
+    set: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE", help_behavior_hint="")
+    ] = ()
+    """An option of the system, as in arch=conv; not for a run, which has its own. (repeatable)"""
 
     def run(self, console: Console, command: str) -> int:
         """Check; returns the exit code."""
+        from toreq import systems
         from toreq.diagnostics.check import run_check
 
-        return run_check(self.target, json_path=self.json, console=console)
+        options = None
+        if self.set:
+            if Path(self.target).is_dir():
+                raise ConfigError("check: expected --set beside a system's name, got it beside a run; leave it out")
+            options = parse_set(self.set, lambda arch: systems.options(self.target, arch))
+        return run_check(self.target, json_path=self.json, console=console, options=options)
 
 
 @dataclass(frozen=True)

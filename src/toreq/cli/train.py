@@ -58,7 +58,7 @@ class Train:
     """Largest norm of the gradient."""
     shift: Annotated[int | None, _option("PIXELS", _RECIPE)] = None
     """Move every training image by up to this many pixels, anew in each epoch."""
-    out: Annotated[Path | None, _option("DIR", "(default: runs/SYSTEM-DATA-SIDE-seedN)")] = None
+    out: Annotated[Path | None, _option("DIR", "(default: runs/SYSTEM[-ARCH]-DATA-SIDE-seedN)")] = None
     """The run folder, new or empty."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace the run in --out."""

@@ -16,6 +16,8 @@ from toreq.errors import ConfigError
 class _Heads(Coupling):
     """Queries and keys of one token node ``(B, N, D)``, several heads."""
 
+    analytic = True
+
     def __init__(
         self,
         node: str,

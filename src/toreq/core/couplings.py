@@ -20,13 +20,15 @@ class Coupling(nn.Module, ABC):
     r"""One term :math:`K(h; x)` of an energy, per example.
 
     A subclass needs :meth:`value`; :meth:`field` and :meth:`gradient` then follow by autograd, and are overridden where
-    a closed form is faster. ``analytic`` says whether complex states are accepted.
+    a closed form is faster. ``analytic`` says whether complex states are accepted, ``self_reading``
+    whether a node's field depends on that node itself (both are safe as they are).
 
     Args:
         nodes: names of the nodes it joins.
     """
 
-    analytic: bool = True
+    analytic: bool = False
+    self_reading: bool = True
     nodes: tuple[str, ...]
 
     def __init__(self, nodes: Sequence[str]) -> None:
@@ -93,6 +95,9 @@ class Drive(Coupling):
         module: maps ``x`` to ``(B, *node_shape)``; any module, evaluated once per relaxation with ordinary autograd.
     """
 
+    analytic = True
+    self_reading = False
+
     def __init__(self, node: str, module: nn.Module) -> None:
         super().__init__([node])
         self.node = node
@@ -125,6 +130,9 @@ class Bilinear(Coupling):
         op: operator from the shape of ``pre`` to that of ``post``.
         pre, post: two different nodes (for one node with itself see :class:`Lateral`).
     """
+
+    analytic = True
+    self_reading = False
 
     def __init__(self, op: Operator, pre: str, post: str) -> None:
         super().__init__([pre, post])
@@ -170,6 +178,8 @@ class Lateral(Coupling):
         node: the node's name.
         gate: module mapping ``x`` to g of shape ``(B, *node_shape)``, usually ending in a sigmoid.
     """
+
+    analytic = True
 
     def __init__(self, op: Operator, node: str, gate: nn.Module | None = None) -> None:
         super().__init__([node])
@@ -318,6 +328,8 @@ class Spring(Coupling):
         learnable: learn :math:`\log\lambda`.
     """
 
+    analytic = True
+
     def __init__(self, a: str, b: str, op: Operator, strength: float = 1.0, learnable: bool = False) -> None:
         super().__init__([a, b])
         if a == b or not strength > 0:
@@ -348,6 +360,8 @@ class SelfCoupling(Coupling):
         node: the node's name.
         strength: s; what a recurrent torus adds to an energy.
     """
+
+    analytic = True
 
     def __init__(self, node: str, strength: float) -> None:
         super().__init__([node])

@@ -88,8 +88,8 @@ class Dynamics(nn.Module, ABC):
         """
 
     def map(self, h: State, bindings: Bindings, static: State | None = None, only: Only = None) -> State:
-        """The map whose fixed point is the free equilibrium; the field, unless a cheaper one has the same "
-        "fixed point."""
+        """The map whose fixed point is the free equilibrium; the field, unless a cheaper one has the same
+        fixed point."""
         return self.field(h, bindings, static, only)
 
     def batch(self, bindings: Bindings) -> tuple[int, torch.dtype, torch.device]:
@@ -133,6 +133,10 @@ class Dynamics(nn.Module, ABC):
     def colours(self) -> list[frozenset[str]]:
         """Groups of nodes that do not read each other, for block sweeps; all in one group when nothing is known."""
         return [frozenset(self.names)]
+
+    def eliminable(self) -> frozenset[str]:
+        """Nodes that can be recomputed exactly from all others: one of two colours, none of it reading itself."""
+        return frozenset()
 
     def field_gradient(self, u: State, w: State, a: State, h: State, bindings: Bindings) -> list[Tensor | None]:
         r"""Gradient of :math:`\langle u, f(h;\theta)\rangle + \langle w, \sigma(a;\theta)\rangle` for each bound
@@ -244,8 +248,8 @@ class Energy(Dynamics):
         return acc
 
     def map(self, h: State, bindings: Bindings, static: State | None = None, only: Only = None) -> State:
-        """The field; for a pure prediction-error energy the predictions :math:`h \\leftarrow f(h)`, which "
-        "share its zero."""
+        """The field; for a pure prediction-error energy the predictions :math:`h \\leftarrow f(h)`, which
+        share its zero."""
         if not self.predictive:
             return self.field(h, bindings, static, only)
         blocks = [(name, c) for name, c in self.terms() if isinstance(c, Residual)]
@@ -315,6 +319,13 @@ class Energy(Dynamics):
             used = {colour[m] for m in neighbours[n] if m in colour}
             colour[n] = next(k for k in range(len(self.names)) if k not in used)
         return [frozenset(n for n in self.names if colour[n] == k) for k in range(max(colour.values()) + 1)]
+
+    def eliminable(self) -> frozenset[str]:
+        colours = self.colours()
+        reading = {n for _, c in self.terms() if c.self_reading for n in c.nodes}
+        if len(colours) != 2:
+            return frozenset()
+        return next((colour for colour in colours if not colour & reading), frozenset())
 
 
 class VectorField(Dynamics):

@@ -64,8 +64,6 @@ class Residual(Coupling):
         inject: pass ``x`` as the last argument.
     """
 
-    analytic = False
-
     def __init__(self, block: nn.Module, node: str, source: str | None = None, inject: bool = True) -> None:
         super().__init__([node] if source is None else [node, source])
         if source is None and not inject:

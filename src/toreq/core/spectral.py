@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from toreq.core.energy import Dynamics
 from toreq.core.state import Bindings, State, norm, scaled
@@ -20,7 +22,9 @@ def field_products(dynamics: Dynamics, h: State, bindings: Bindings, both: bool 
     (it differentiates the first) and is only built when ``both``; otherwise it is the first map.
     """
     names = dynamics.names
-    with torch.enable_grad():
+    # fused attention kernels have no second derivative
+    kernels = sdpa_kernel(SDPBackend.MATH) if both else contextlib.nullcontext()
+    with torch.enable_grad(), kernels:
         point = {n: t.detach().requires_grad_() for n, t in h.items()}
         field = dynamics.map(point, bindings)
         dummies = {n: torch.zeros_like(t).requires_grad_() for n, t in field.items()}

@@ -34,6 +34,9 @@ class _Adjoint:
         # every product costs a whole sweep, so block order would not pay
         return [frozenset(self.free.dynamics.names)]
 
+    def eliminable(self) -> frozenset[str]:
+        return frozenset()
+
     def energy(self, a: State, h: State) -> Tensor | None:
         return None
 

@@ -49,6 +49,9 @@ class _ErrorCoordinates:
             frozenset([f"h_{n}"]) for n in self.network.names
         ]
 
+    def eliminable(self) -> frozenset[str]:
+        return frozenset()
+
     def energy(self, a: State, h: State) -> Tensor | None:
         return None
 

@@ -15,8 +15,8 @@ from toreq.solvers.base import Problem, Solver, require
 
 @dataclass
 class _History:
-    colours: list[frozenset[str]]
-    moved: frozenset[str]  # the nodes that the accelerated map moves
+    eliminated: frozenset[str]  # nodes recomputed from the others
+    moved: frozenset[str]  # the others, which the accelerated map moves
     last: frozenset[str]  # nodes kept in channels-last order
     y: Tensor  # (B, R, n) where a damped step from each past iterate leads
     g: Tensor  # (B, R, n) the residuals of these iterates
@@ -34,11 +34,10 @@ class Anderson(Solver):
     .. math:: a \leftarrow \sum_r c_r\,(a_r + \gamma g_r), \quad c = \arg\min_{\sum c = 1}
               \Big\|\sum_r c_r g_r\Big\|^2 + \lambda\,\mathrm{tr}(G)\|c\|^2, \quad g = \mathrm{field} - a
 
-    With ``order="gauss_seidel"`` (default) and a node graph of two colours, which layered networks have, the
-    accelerated
-    map is a block sweep seen from the second colour: the sweep recomputes the first from it, so these nodes are
-        eliminated
-    and the map's radius is squared. With any other number of colours it is the Jacobi map.
+    With ``order="gauss_seidel"`` (default) nodes that can be recomputed exactly from all others (one of the two
+    colours of a
+    layered network) are eliminated: the accelerated map is a block sweep seen from the other nodes, and its radius is
+    squared. Where there are none it is the Jacobi map.
 
     Safeguarded: an example whose residual exceeds ``safeguard`` times its best so far forgets its history and takes one
     damped step. Only the newest row of the Gram matrix is computed each step; the R x R systems are solved in float64.
@@ -77,16 +76,14 @@ class Anderson(Solver):
         return a, h
 
     def begin(self, problem: Problem, a: State, h: State) -> _History:
-        colours = problem.colours()
-        if self.order == "jacobi" or len(colours) != 2:
-            colours = [frozenset(a)]
-        moved = colours[-1]
+        first = problem.eliminable() if self.order == "gauss_seidel" else frozenset()
+        moved = frozenset(a) - first
         last = frozenset(n for n, t in a.items() if _channels_last(t))
         flat = _flatten({n: t for n, t in a.items() if n in moved}, last)
         size, n = flat.shape
         real = flat.abs().dtype
         return _History(
-            colours,
+            first,
             moved,
             last,
             flat.new_empty(size, self.length, n),
@@ -108,11 +105,11 @@ class Anderson(Solver):
 
     @staticmethod
     def _sweep(problem: Problem, a: State, h: State, carry: _History) -> tuple[State, State]:
-        if len(carry.colours) == 1:
+        if not carry.eliminated:
             return problem.field(h), {}
-        first = problem.field(h, carry.colours[0])
+        first = problem.field(h, carry.eliminated)
         swept = problem.activate(first)
-        return {**first, **problem.field({**h, **swept}, carry.colours[1])}, swept
+        return {**first, **problem.field({**h, **swept}, carry.moved)}, swept
 
     def _coefficients(self, g: Tensor, y: Tensor, carry: _History) -> Tensor:
         size = torch.linalg.vector_norm(g, dim=1)

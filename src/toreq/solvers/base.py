@@ -27,6 +27,8 @@ class Problem(Protocol):
 
     def colours(self) -> list[frozenset[str]]: ...
 
+    def eliminable(self) -> frozenset[str]: ...
+
     def energy(self, a: State, h: State) -> Tensor | None: ...
 
 
@@ -68,6 +70,10 @@ class Relaxation:
 
     def colours(self) -> list[frozenset[str]]:
         return self.dynamics.colours()
+
+    def eliminable(self) -> frozenset[str]:
+        # a force that depends on the state may couple any nodes
+        return self.dynamics.eliminable() if self.extra is None else frozenset()
 
     def energy(self, a: State, h: State) -> Tensor | None:
         if not isinstance(self.dynamics, Energy):
@@ -113,8 +119,8 @@ def displacement_from(start: State) -> Measure:
 
 @dataclass(frozen=True)
 class Trace:
-    """A recorded relaxation: ``residual`` ``(T, B)``; ``energy`` ``(T, B)`` or None when there is none; "
-    "``states`` if asked."""
+    """A recorded relaxation: ``residual`` ``(T, B)``; ``energy`` ``(T, B)`` or None when there is none;
+    ``states`` if asked."""
 
     residual: Tensor
     energy: Tensor | None
