@@ -117,7 +117,9 @@ def curves(
         if log:
             axes.set_yscale("log")
         if whole_steps:
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+            if max((len(line.x) for line in lines), default=0) == 1:
+                axes.set_xticks([lines[0].x[0]])  # one point has no range from which to choose whole numbers
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
         if len(lines) > 1:
             axes.legend()
@@ -279,11 +281,20 @@ def misclassified(images: Array, truth: Array, predicted: Array, theme: Theme = 
         return figure
 
 
-def bars(labels: Sequence[str], values: Sequence[float], *, title: str, x_label: str, theme: Theme = "light") -> Figure:
-    """Horizontal bars, each with its value written beside it."""
+def bars(
+    labels: Sequence[str],
+    values: Sequence[float],
+    groups: Sequence[str],
+    *,
+    title: str,
+    x_label: str,
+    theme: Theme = "light",
+) -> Figure:
+    """Horizontal bars of one colour per group, each with its value written beside it."""
+    kinds = list(dict.fromkeys(groups))
     with _axes(theme, height=0.95 + 0.36 * max(len(labels), 1)) as (figure, axes, palette):
         places = np.arange(len(labels))[::-1]
-        drawn = axes.barh(places, values, color=[palette.series[i % 5] for i in range(len(labels))], height=0.65)
+        drawn = axes.barh(places, values, color=[palette.series[kinds.index(g) % 5] for g in groups], height=0.65)
         axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=9)
         axes.set_yticks(places, labels)
         axes.grid(visible=False, axis="y")

@@ -178,7 +178,9 @@ def _learning(rows: Sequence[Mapping[str, Any]], runs: Mapping[int, Run]) -> lis
     if rated:
         parts.append(
             _pictures(
-                lambda theme: plots.bars(labels, errors, title="Test error", x_label="wrong (%)", theme=theme),
+                lambda theme: plots.bars(
+                    labels, errors, [_side(row) for row in rated], title="Test error", x_label="wrong (%)", theme=theme
+                ),
                 "Test error of every row",
                 "Share of the test images classified wrongly: shorter is better.",
             )
