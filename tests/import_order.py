@@ -11,6 +11,7 @@ from pathlib import Path
 RANK = {
     "errors": 0,
     "io": 0,
+    "options": 0,
     "data": 0,
     "core": 1,
     "memory": 2,

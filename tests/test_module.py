@@ -178,3 +178,17 @@ def test_outputs_may_be_overwritten_before_backward() -> None:
     wanted = gradients(layer, x, lambda out: (2 * out).sum())
     found = gradients(layer, x, lambda out: out.mul_(2).sum())
     assert_close(found, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("arch", toreq.systems.architectures("toreqprop"))
+def test_shipped_systems_pickle(arch: str) -> None:
+    """Their couplings are parametrized by norm control, which torch alone refuses to pickle."""
+    torch.manual_seed(0)
+    net = toreq.systems.create("toreqprop", (1, 28, 28), 10, arch=arch, gated=True).eval()
+    copied = pickle.loads(pickle.dumps(net))
+    x = torch.rand(2, 1, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(net(x), copied(x))
+    copied.train()
+    copied.criterion(copied(x), torch.arange(2)).backward()
+    assert all(p.grad is not None for p in copied.parameters())

@@ -63,6 +63,10 @@ class Equilibrium(nn.Module):
         readout = dynamics.names[-1] if readout is None else readout
         self.readout = (readout,) if isinstance(readout, str) else tuple(readout)
         self.single = isinstance(readout, str)
+        if not self.readout or len(set(self.readout)) < len(self.readout):
+            raise ConfigError(
+                f"Equilibrium: expected distinct read-out nodes, got {list(self.readout)}; name each once"
+            )
         for name in self.readout:
             if name not in dynamics.shapes:
                 raise ConfigError(
@@ -166,7 +170,7 @@ class Equilibrium(nn.Module):
         with full_precision(bindings):
             problem = Relaxation(self.dynamics, bindings, as_map=True)
             solution = solver.solve(problem, self.dynamics.initial(bindings))
-        self._note(solution, "free", expected=estimator.steps is None)
+        self._note(solution, "free", expected=estimator.steps is None and solver.tolerance > 0)
         return {n: solution.h[n] for n in self.readout}
 
     def free_phase(

@@ -95,6 +95,13 @@ class Settle(torch.autograd.Function):
         none = (None, None, None)
         if all(c is None for c in cotangents):
             return (*none, *[None] * len(ctx.saved_tensors))
+        for name, c in zip(layer.readout, cotangents, strict=False):
+            if c is not None and not bool(torch.isfinite(c).all()):
+                raise DivergenceError(
+                    f"Equilibrium.backward: expected a finite cotangent, got nan or inf on the read-out "
+                    f"{name!r}; the loss or "
+                    "what lies between it and this layer has overflowed: check it before backward"
+                )
         bound = with_leaves(ctx.structure, [t.detach() for t in ctx.saved_tensors])
         free = FreePhase(layer.dynamics, bound, ctx.solver, ctx.a, ctx.h)
         nudge, factor = _nudge(ctx, layer, cotangents)

@@ -56,8 +56,8 @@ class Demo:
     def _row(self, row: DemoRow, folder: Path, console: Console, command: str) -> list[dict[str, Any]]:
         from toreq import training
 
-        limit = min(row.limit_train, self.limit_train or row.limit_train)
-        limit_test = min(row.limit_test, self.limit_test or row.limit_test)
+        limit = row.limit_train if self.limit_train is None else min(row.limit_train, self.limit_train)
+        limit_test = row.limit_test if self.limit_test is None else min(row.limit_test, self.limit_test)
         base = training.config_for(
             row.system,
             row.options,

@@ -38,7 +38,8 @@ class Eval:
 
         run = training.load_run(self.run_folder)
         config = run.config
-        limit = self.limit_test or (config.limit_test if self.data in (None, config.data) else None)
+        kept = config.limit_test if self.data in (None, config.data) else None
+        limit = kept if self.limit_test is None else self.limit_test
         # The training part is not used, so one example of it is enough.
         config = dataclasses.replace(config, data=self.data or config.data, limit_train=1, limit_test=limit)
         found = training.prepare(config, "cpu")

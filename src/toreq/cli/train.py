@@ -67,7 +67,7 @@ class Train:
     devices: Annotated[int, _option("N", "(default: 1)")] = 1
     """More than one trains under DistributedDataParallel."""
     precision: Annotated[str, _option("NAME", "(default: 32-true)")] = "32-true"
-    """32-true, bf16-mixed, 16-mixed, bf16-true or 64-true."""
+    """32-true, bf16-mixed, 16-mixed or 64-true."""
     side: Annotated[str, _option("NAME", "(default: eqprop)")] = "eqprop"
     """eqprop: the system's own estimator; bp-eq: the implicit gradient; bp-ff: backprop of the feed-forward twin."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _option("KEY=VALUE", "(repeatable)")] = ()

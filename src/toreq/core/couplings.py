@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from toreq.core.operators import Operator
+from toreq.core.pickling import Picklable
 from toreq.core.state import Bound, State, difference, dot, mean, per_example
 from toreq.errors import ConfigError
 
@@ -16,7 +17,7 @@ Only = frozenset[str] | None
 """Names of the nodes whose field is wanted; None for all."""
 
 
-class Coupling(nn.Module, ABC):
+class Coupling(Picklable, ABC):
     r"""One term :math:`K(h; x)` of an energy, per example.
 
     A subclass needs :meth:`value`; :meth:`field` and :meth:`gradient` then follow by autograd, and are overridden where

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toreq.core.couplings import Coupling, Drive, Only
+from toreq.core.couplings import Bilinear, Coupling, Drive, Only, Spring
 from toreq.core.nodes import Activation, Identity, Node
+from toreq.core.operators import Operator
 from toreq.core.residual import Residual, bind_block, call_block, check_block
 from toreq.core.state import Bindings, Bound, State, leaves, with_leaves
 from toreq.errors import ConfigError, nearest
@@ -194,6 +195,8 @@ class Energy(Dynamics):
                         f"{nearest(n, list(self.shapes))}"
                     )
         for c in couplings:
+            self._check_operator(c)
+        for c in couplings:
             if isinstance(c, Residual) and not isinstance(self.activation(c.node), Identity):
                 raise ConfigError(
                     f"Energy: expected the identity on the predicted node {c.node!r}, got "
@@ -202,11 +205,30 @@ class Energy(Dynamics):
         self.couplings = nn.ModuleList(couplings)
         self.muted = False
 
+    def _check_operator(self, c: Coupling) -> None:
+        op = getattr(c, "op", None)
+        if not isinstance(op, Operator):
+            return
+        if isinstance(c, Bilinear):
+            ends = [(c.pre, op.in_shape), (c.post, op.out_shape)]
+        elif isinstance(c, Spring):
+            ends = [(c.b, op.in_shape), (c.a, op.out_shape)]
+        else:
+            ends = [(c.nodes[0], op.in_shape)]
+        for node, shape in ends:
+            # an operator of fewer axes acts on the last ones
+            if self.shapes[node][-len(shape) :] != tuple(shape):
+                raise ConfigError(
+                    f"Energy: expected an operator on {self.shapes[node]} for node {node!r} in "
+                    f"{type(c).__name__}, got one "
+                    f"on {tuple(shape)}; match the operator's shapes to the nodes it joins"
+                )
+
     def terms(self) -> Iterator[tuple[str, Coupling]]:
-        """Names and couplings; while muted, the drives only."""
+        """Names and couplings; while muted, the drives and the predicting blocks only."""
         for i, c in enumerate(self.couplings):
             assert isinstance(c, Coupling)
-            if not self.muted or isinstance(c, Drive):
+            if not self.muted or isinstance(c, Drive | Residual):
                 yield f"coupling_{i}", c
 
     @property
@@ -218,12 +240,17 @@ class Energy(Dynamics):
 
     @contextlib.contextmanager
     def couplings_off(self) -> Iterator[None]:
-        """A context in which every coupling except the drives is zero: what do they contribute?"""
+        """A context in which every coupling except the drives is zero, and predicting blocks read zeros."""
+        blocks = [c for c in self.couplings if isinstance(c, Residual)]
         self.muted = True
+        for c in blocks:
+            c.muted = True
         try:
             yield
         finally:
             self.muted = False
+            for c in blocks:
+                c.muted = False
 
     def _bind(self, x: Any) -> Bindings:
         return {name: c.bind(x) for name, c in self.terms()}

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toreq.core.pickling import Picklable
 from toreq.errors import ConfigError
 
 Tensors = dict[str, Tensor]
@@ -25,7 +26,7 @@ def _shape(value: int | Sequence[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-class Operator(nn.Module, ABC):
+class Operator(Picklable, ABC):
     r"""A linear map :math:`A` from ``(B, *in_shape)`` to ``(B, *out_shape)`` with
     :math:`\langle A u, w\rangle = \langle u, A^\top w\rangle`."""
 
@@ -123,6 +124,8 @@ class Dense(Operator):
         super().__init__()
         self.in_shape, self.out_shape = _shape(in_features), _shape(out_features)
         n_in, n_out = math.prod(self.in_shape), math.prod(self.out_shape)
+        if n_in < 1 or n_out < 1:
+            raise ConfigError(f"Dense: expected positive sizes, got {self.in_shape} and {self.out_shape}; e.g. 512, 10")
         if symmetric and n_in != n_out:
             raise ConfigError(
                 f"Dense: expected equal sizes when symmetric, got {n_in} and {n_out}; set symmetric=False"
@@ -202,6 +205,12 @@ class Conv(Operator):
         super().__init__()
         if len(in_shape) != 3:
             raise ConfigError(f"Conv: expected in_shape (C, H, W), got {tuple(in_shape)}; give channels, height, width")
+        if min(out_channels, kernel, stride, pool) < 1 or padding < 0:
+            raise ConfigError(
+                f"Conv: expected out_channels, kernel, stride, pool >= 1 and padding >= 0, got {out_channels}, "
+                f"{kernel}, "
+                f"{stride}, {pool} and {padding}; e.g. 32, 5, 2, 1 and 0"
+            )
         self.in_shape = tuple(in_shape)
         channels, *size = self.in_shape
         self.stride, self.padding, self.pool = stride, padding, pool
@@ -278,7 +287,7 @@ class Resample(Operator):
         self.factor, self.dims = factor, dims
         if factor < 1 or dims < 1 or dims > len(self.in_shape):
             raise ConfigError(
-                f"Resample: expected factor >= 1 and 1 <= dims <= {len(self.in_shape)}, got {factor}, {dims}"
+                f"Resample: expected factor >= 1 and 1 <= dims <= {len(self.in_shape)}, got {factor}, {dims}; e.g. 2, 2"
             )
         head, tail = self.in_shape[: len(self.in_shape) - dims], self.in_shape[len(self.in_shape) - dims :]
         if any(s % factor for s in tail):

@@ -72,13 +72,24 @@ class Residual(Coupling):
             )
         check_block("Residual", block)
         self.block, self.node, self.source, self.inject = block, node, source, inject
+        self.muted = False
 
     def bind(self, x: Tensor) -> Bound:
         return bind_block(self.block, x if self.inject else None)
 
     def prediction(self, h: State, bound: Bound) -> Tensor:
         """:math:`f(h_s; x)`."""
-        return call_block(self.block, bound, *([] if self.source is None else [h[self.source]]))
+        if self.source is None:
+            out = call_block(self.block, bound)
+        else:
+            source = torch.zeros_like(h[self.source]) if self.muted else h[self.source]
+            out = call_block(self.block, bound, source)
+            if self.source == self.node and out.shape != source.shape:
+                raise ConfigError(
+                    f"Residual: expected the block to return {tuple(source.shape)} on node {self.node!r}, got "
+                    f"{tuple(out.shape)}; a loop needs an output of its input's shape"
+                )
+        return out
 
     def value(self, h: State, bound: Bound) -> Tensor:
         e = h[self.node] - self.prediction(h, bound)

@@ -7,6 +7,7 @@ import io
 import os
 import tarfile
 import wave
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -152,7 +153,7 @@ def _read_npz(file: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(file) as arrays:
             return {name: arrays[name] for name in FSDD_SHA256}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(
             f"toreq.data: expected the arrays {', '.join(FSDD_SHA256)} in {file}, got '{error}'; "
             "delete it and load again"

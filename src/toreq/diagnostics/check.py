@@ -251,6 +251,11 @@ def run_check(
         raise ConfigError(
             f"check: expected a system or a run folder, got {str(target)!r}; {nearest(str(target), systems.names())}"
         )
+    if not equilibria(net):
+        raise ConfigError(
+            f"check: expected a network that settles, got the feed-forward side of {result.system}; check a run "
+            f"of another side"
+        )
     with Live(view(result), console=console, refresh_per_second=8, transient=False) as live:
 
         def update() -> None:
@@ -266,10 +271,11 @@ def run_check(
             for count in RESIDENT_STEPS:
                 result.resident.append(mem.resident_peak_mb(config, count, len(x)))
                 update()
-    if json_path is not None:
-        atomic_write_json(json_path, result.to_json())
+    # said before the file is written: an unwritable path must not lose it
     for line in conclusion(result):
         console.print(line, highlight=False)
+    if json_path is not None:
+        atomic_write_json(json_path, result.to_json())
     return 0 if result.passed else 1
 
 

@@ -33,13 +33,14 @@ class NodeState:
 class LayerState:
     """How one equilibrium layer settles on a batch; medians over examples, shares in [0, 1].
 
-    ``digits`` are the decimal digits of ``h+ - h-`` that the dtype keeps; ``stopping`` is the nudged residual over the
-    response. Both phases' numbers are of a training step with the layer's own solver and estimator.
+    ``digits`` are the decimal digits of ``h+ - h-`` that the dtype keeps; ``stopping`` is the nudged residual relative
+    to the response. Both phases' numbers are of a training step with the layer's own solver and estimator.
     """
 
     name: str
     dtype: str
     tolerance: float
+    nudged_tolerance: float
     free_steps: float
     free_unsettled: float
     free_residual: float
@@ -133,7 +134,7 @@ def _layer_state(name: str, layer: Equilibrium, x: Tensor) -> LayerState:
     if nudged is not None and nudged.response is not None:
         response = _median(nudged.response)
         digits = math.log10(max(2 * response, 1e-30) / torch.finfo(dtype).eps)
-        stopping = _median(nudged.residual) / max(response, 1e-30)
+        stopping = _median(nudged.residual)  # relative to the response as it is
     if nudged is not None and nudged.asym is not None:
         asym = _median(nudged.asym)
         asym_share = float((nudged.asym > 0.1).float().mean())
@@ -142,7 +143,8 @@ def _layer_state(name: str, layer: Equilibrium, x: Tensor) -> LayerState:
     return LayerState(
         name=name,
         dtype=str(dtype).removeprefix("torch."),
-        tolerance=float(getattr(layer.solver, "tolerance", 0.0)),
+        tolerance=layer.solver.tolerance,
+        nudged_tolerance=float(getattr(layer.estimator, "tolerance", layer.solver.tolerance)),
         free_steps=nan if free is None else float(free.steps.float().mean()),
         free_unsettled=0.0 if free is None else 1 - float(free.converged.float().mean()),
         free_residual=nan if free is None else float(free.residual.max()),

@@ -23,13 +23,13 @@ def names() -> list[str]:
 
 
 def create(name: str, **fields: Any) -> Estimator:
-    """A estimator by its name, with fields other than the shipped ones if given.
+    """An estimator by its name, with fields other than the shipped ones if given.
 
     Raises:
         ConfigError: for an unknown name or field, with the nearest valid one.
     """
     if name not in REGISTRY:
-        raise ConfigError(f"estimators.create: expected a estimator by name, got {name!r}; {nearest(name, REGISTRY)}")
+        raise ConfigError(f"estimators.create: expected an estimator by name, got {name!r}; {nearest(name, REGISTRY)}")
     legal = [f.name for f in dataclasses.fields(REGISTRY[name])]
     for key in fields:
         if key not in legal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.state import Bindings, State, norm, scaled
+from toreq.options import check_types
 from toreq.solvers.base import Measure, Problem, Solution, Solver, require
 
 Cost = Callable[[State], Tensor]
@@ -160,6 +161,9 @@ class Contrastive(Estimator):
 
     def __post_init__(self) -> None:
         where = type(self).__name__
+        check_types(
+            where, {f.name: getattr(self, f.name) for f in fields(self)}, {f.name: str(f.type) for f in fields(self)}
+        )
         high = 0.5 if self.nudge == "relative" else 1e6
         require(
             where,

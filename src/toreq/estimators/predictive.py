@@ -111,7 +111,7 @@ class Predictive(Contrastive):
         problem = _ErrorCoordinates(energy, free.bindings, scaled(v, -beta))
         start = {f"eps_{n}": torch.zeros_like(t) for n, t in free.h.items()}
         start |= {f"h_{n}": t for n, t in free.h.items()}
-        damping = free.solver.damping if isinstance(free.solver, FixedPoint) else 1.0
+        damping = getattr(free.solver, "damping", 1.0)
         sweep = FixedPoint(damping=damping, order="gauss_seidel", max_steps=free.solver.max_steps)
         active = self.active(v)
         solution = self.relax(problem, start, replace(free, solver=sweep), _errors_only, active, record)

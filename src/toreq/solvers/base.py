@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,6 +15,7 @@ from toreq.core.couplings import Only
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.state import Bindings, State, added, difference, dot, halves, norm, per_example
 from toreq.errors import ConfigError
+from toreq.options import check_types
 
 
 @runtime_checkable
@@ -182,6 +183,9 @@ class Solver(ABC):
 
     def __post_init__(self) -> None:
         where = type(self).__name__
+        check_types(
+            where, {f.name: getattr(self, f.name) for f in fields(self)}, {f.name: str(f.type) for f in fields(self)}
+        )
         require(where, "max_steps", self.max_steps, self.max_steps >= 1, "an integer >= 1", "use for example 100")
         require(where, "tolerance", self.tolerance, 0 <= self.tolerance < 1, "in [0, 1)", "use for example 1e-4")
         require(

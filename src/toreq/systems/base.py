@@ -83,6 +83,8 @@ class System(nn.Module, ABC):
     def check_input(self, x: Tensor) -> None:
         """Refuse an input that does not fit, with the remedy."""
         where = type(self).__name__
+        if not isinstance(x, Tensor):
+            raise ConfigError(f"{where}: expected a tensor x, got {type(x).__name__}; convert it with torch.as_tensor")
         if x.dim() == 0 or tuple(x.shape[1:]) != self.input_shape:
             raise ConfigError(
                 f"{where}: expected x of shape (B, {', '.join(map(str, self.input_shape))}), got {tuple(x.shape)}; "
@@ -97,6 +99,9 @@ class System(nn.Module, ABC):
 
     def check_dtype(self, x: Tensor) -> None:
         """Inputs are floating point unless a system says otherwise."""
+        own = next(self.parameters()).dtype
+        if x.is_floating_point() and x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+            raise ConfigError(f"{type(self).__name__}: expected x of {own}, got {x.dtype}; convert it with x.to({own})")
         if not x.is_floating_point():
             raise ConfigError(
                 f"{type(self).__name__}: expected floating-point x, got {x.dtype}; scale images to [0, 1] with "
@@ -110,7 +115,20 @@ class System(nn.Module, ABC):
             logits: ``(B, num_classes)``.
             y: class indices ``(B,)``, int64, in ``[0, num_classes)``.
         """
+        self.check_labels(y)
         return nn.functional.cross_entropy(logits, y)
+
+    def check_labels(self, y: Tensor) -> None:
+        """Refuse labels that are no class indices (ranges are checked on the CPU only, where that costs no sync)."""
+        where = f"{type(self).__name__}.criterion"
+        if y.dtype != torch.int64 or y.dim() != 1:
+            raise ConfigError(f"{where}: expected int64 labels (B,), got {y.dtype} {tuple(y.shape)}; use y.long()")
+        if y.device.type == "cpu" and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
+            raise ConfigError(
+                f"{where}: expected labels in [0, {self.num_classes}), got {int(y.min())} to {int(y.max())}; "
+                f"create the "
+                "system with more classes or mend the labels"
+            )
 
     @abstractmethod
     def feedforward(self) -> nn.Module:

@@ -99,7 +99,11 @@ class DeepHopfield(System):
 
     def criterion(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean cross entropy, or half the squared error to one-hot targets with an output node."""
-        return _criterion(self.output, logits, y, super().criterion)
+        if self.output == "head":
+            return super().criterion(logits, y)
+        self.check_labels(y)
+        target = nn.functional.one_hot(y, self.num_classes).to(logits.dtype)
+        return 0.5 * (logits - target).square().sum(1).mean()
 
     def feedforward(self) -> nn.Module:
         """The same widths and nonlinearity, feed-forward."""
@@ -245,10 +249,3 @@ def _output(kind: str) -> str:
     if kind not in ("head", "node"):
         raise ConfigError(f"DeepHopfield: expected output 'head' or 'node', got {kind!r}; choose one")
     return kind
-
-
-def _criterion(output: str, logits: Tensor, y: Tensor, cross_entropy) -> Tensor:
-    if output == "head":
-        return cross_entropy(logits, y)
-    target = nn.functional.one_hot(y, logits.shape[1]).to(logits.dtype)
-    return 0.5 * (logits - target).square().sum(1).mean()

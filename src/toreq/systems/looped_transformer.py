@@ -40,6 +40,8 @@ class Tokens(nn.Module):
     def __init__(self, input_shape: Sequence[int], features: int, patch: int | str, vocabulary: int) -> None:
         super().__init__()
         self.size: tuple[int, int] | None = None
+        if vocabulary < 0:
+            raise ConfigError(f"Tokens: expected vocabulary >= 0, got {vocabulary}; 0 is for images")
         if vocabulary:
             if len(input_shape) != 1:
                 raise ConfigError(f"Tokens: expected input_shape (N,) for symbols, got {tuple(input_shape)}; drop axes")
@@ -50,6 +52,8 @@ class Tokens(nn.Module):
                     f"Tokens: expected input_shape (C, H, W), got {tuple(input_shape)}; set vocabulary for symbols"
                 )
             channels, height, width = input_shape
+            if patch != "rows" and (isinstance(patch, str) or patch < 1):
+                raise ConfigError(f"Tokens: expected a patch of at least 1 pixel or 'rows', got {patch!r}; e.g. 4 or 7")
             self.size = (1, width) if patch == "rows" else (int(patch), int(patch))
             if height % self.size[0] or width % self.size[1]:
                 raise ConfigError(
@@ -137,6 +141,8 @@ class LoopedTransformer(System):
         kinds = {"softmax": Attention, "linear": LinearAttention, "none": None}
         if attention not in kinds:
             raise ConfigError(f"LoopedTransformer: expected attention in {list(kinds)}, got {attention!r}; choose one")
+        if norm_bound is not None and not norm_bound > 0:
+            raise ConfigError(f"LoopedTransformer: expected norm_bound None or > 0, got {norm_bound}; try 0.9")
         if features < 2 or heads < 1 or features % heads or hidden < 1:
             raise ConfigError(
                 f"LoopedTransformer: expected heads that divide features and hidden >= 1, got features={features}, "
@@ -175,6 +181,11 @@ class LoopedTransformer(System):
             super().check_dtype(x)
         elif x.is_floating_point():
             raise ConfigError(f"LoopedTransformer: expected integer symbols, got {x.dtype}; use x.long()")
+        elif x.device.type == "cpu" and not 0 <= int(x.min()) <= int(x.max()) < self.vocabulary:
+            raise ConfigError(
+                f"LoopedTransformer: expected symbols in [0, {self.vocabulary}), got {int(x.min())} to {int(x.max())}; "
+                "create the system with a larger vocabulary"
+            )
 
     def feedforward(self) -> nn.Module:
         """One ordinary pre-norm transformer block of the same widths."""

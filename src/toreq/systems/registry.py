@@ -9,6 +9,7 @@ from typing import Any
 from toreq import estimators, solvers
 from toreq.errors import ConfigError, nearest
 from toreq.estimators import Estimator
+from toreq.options import check_types
 from toreq.solvers import Solver
 from toreq.systems.base import System
 from toreq.systems.toreqprop import ARCHITECTURES
@@ -36,8 +37,8 @@ def _find(name: str) -> dict[str, type[System]]:
 def _class(name: str, arch: str | None) -> type[System]:
     known = _find(name)
     arch = next(iter(known)) if arch is None else arch
-    if arch not in known:
-        raise ConfigError(f"systems.create: expected an arch of {name!r}, got {arch!r}; {nearest(arch, known)}")
+    if not isinstance(arch, str) or arch not in known:
+        raise ConfigError(f"systems.create: expected an arch of {name!r}, got {arch!r}; {nearest(str(arch), known)}")
     return known[arch]
 
 
@@ -84,6 +85,18 @@ def create(
             raise ConfigError(
                 f"systems.create: expected options of {name!r} arch={legal['arch']!r}, got {key!r}; "
                 f"{nearest(key, legal)}"
+            )
+    where = f"systems.create({name!r})"
+    annotations = {p.name: str(p.annotation) for p in inspect.signature(kind).parameters.values()}
+    for key, value in chosen.items():
+        if annotations[key] == "Sequence[int]" and isinstance(value, int) and not isinstance(value, bool):
+            chosen[key] = (value,)
+    check_types(where, chosen, annotations)
+    check_types(where, {"input_shape": input_shape, "num_classes": num_classes}, annotations)
+    for what, part, base in (("solver", solver, Solver), ("estimator", estimator, Estimator)):
+        if not (part is None or isinstance(part, str | base)):
+            raise ConfigError(
+                f"{where}: expected a {what} object or its name, got {part!r}; e.g. {what}={'anderson' if base is Solver else 'centered'!r}"
             )
     extra: dict[str, Any] = {
         "solver": solvers.create(solver) if isinstance(solver, str) else solver,

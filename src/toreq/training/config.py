@@ -13,7 +13,7 @@ from toreq.errors import ConfigError, nearest
 SIDES = ("eqprop", "bp-eq", "bp-ff")
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop")
 SCHEDULES = ("constant", "cosine")
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 

@@ -186,10 +186,13 @@ def load_run(path: Path | str) -> Run:
     """Return the run in the folder `path`; raises `CheckpointError` when it is missing, truncated or foreign."""
     folder = RunFolder(Path(path))
     values = folder.config()
+    checkpoint.expect(values, ("train", "model"), f"run {folder.path}")
+    checkpoint.expect(values["model"], ("input_shape", "num_classes"), f"run {folder.path}")
     config = TrainConfig.from_json(values["train"])
     net = build(config, tuple(values["model"]["input_shape"]), values["model"]["num_classes"])
     model = trained_module(net, config)
     tensors, state = checkpoint.load(folder.checkpoint)
+    checkpoint.expect(state, ("step", "epoch"), f"checkpoint {folder.checkpoint}")
     checkpoint.restore_module(model, checkpoint.within("model", tensors), f"checkpoint {folder.checkpoint}")
     net.eval()
     model.eval()

@@ -194,7 +194,11 @@ class Session:
     def _restore(self) -> None:
         where = f"checkpoint {self.folder.checkpoint}"
         tensors, state = checkpoint.load(self.folder.checkpoint)
-        checkpoint.expect(state, (*(item.name for item in dataclasses.fields(Position)), "sums", "optimizer"), where)
+        checkpoint.expect(
+            state,
+            (*(item.name for item in dataclasses.fields(Position)), "sums", "optimizer", "devices", "precision"),
+            where,
+        )
         if state["devices"] != self.world:
             raise RunError(f"resume: expected {state['devices']} devices, got {self.world}; use as many as before")
         checkpoint.restore_module(self.model, checkpoint.within("model", tensors), where)
