@@ -7,10 +7,12 @@ import io
 import pickle
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import toreq
 from oracles import assert_aligned, assert_close, gradients
 from toreq import Equilibrium
 from toreq.core import Bilinear, Dense, Drive, Energy, Lateral, Node, Tanh

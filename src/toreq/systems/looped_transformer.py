@@ -28,7 +28,7 @@ from toreq.systems.base import System
 
 
 class Tokens(nn.Module):
-    """Image patches or symbols as tokens ``(B, N, D)``, with learned positions.
+    """Image patches (through a small perceptron) or symbols as tokens ``(B, N, D)``, with learned positions.
 
     Args:
         input_shape: ``(C, H, W)`` for images, ``(N,)`` for symbols.
@@ -61,7 +61,8 @@ class Tokens(nn.Module):
                     f"'rows' for MNIST"
                 )
             self.count = (height // self.size[0]) * (width // self.size[1])
-            self.embed = nn.Linear(channels * math.prod(self.size), features)
+            pixels = channels * math.prod(self.size)
+            self.embed = nn.Sequential(nn.Linear(pixels, 2 * features), nn.GELU(), nn.Linear(2 * features, features))
         self.position = nn.Parameter(torch.randn(self.count, features))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -95,9 +95,8 @@ def create(
     check_types(where, {"input_shape": input_shape, "num_classes": num_classes}, annotations)
     for what, part, base in (("solver", solver, Solver), ("estimator", estimator, Estimator)):
         if not (part is None or isinstance(part, str | base)):
-            raise ConfigError(
-                f"{where}: expected a {what} object or its name, got {part!r}; e.g. {what}={'anderson' if base is Solver else 'centered'!r}"
-            )
+            example = "anderson" if base is Solver else "centered"
+            raise ConfigError(f"{where}: expected a {what} object or its name, got {part!r}; e.g. {what}={example!r}")
     extra: dict[str, Any] = {
         "solver": solvers.create(solver) if isinstance(solver, str) else solver,
         "estimator": estimators.create(estimator) if isinstance(estimator, str) else estimator,

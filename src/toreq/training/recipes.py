@@ -16,7 +16,7 @@ _TRAIN: dict[tuple[str, str], dict[str, Any]] = {
     ("toreqprop", "mlp"): {"epochs": 12, "learning_rate": 1e-3, "batch_size": 128, "shift": 1},
     ("toreqprop", "hopfield"): {"epochs": 12, "learning_rate": 1e-3, "batch_size": 128},
     ("toreqprop", "conv"): {"epochs": 8, "learning_rate": 2e-3, "batch_size": 128, "shift": 1},
-    ("toreqprop", "transformer"): {"epochs": 8, "learning_rate": 2e-3, "batch_size": 128, "warmup": 0.05},
+    ("toreqprop", "transformer"): {"epochs": 6, "learning_rate": 2e-3, "batch_size": 128, "warmup": 0.05},
 }
 
 
