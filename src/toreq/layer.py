@@ -27,19 +27,16 @@ class Equilibrium(nn.Module):
     r"""A network that settles, as a layer.
 
     ``forward(x)`` returns the read-out nodes' activations at the equilibrium :math:`a^* = f(\sigma(a^*); x)`. No
-    graph is
-    stored through the relaxation; ``backward`` runs the estimator with the cotangent it receives as a linear cost,
-    so any
-    loss and any head work.
+    graph is stored through the relaxation; ``backward`` runs the estimator with the cotangent it receives as a linear
+    cost, so any loss and any head work.
 
     Args:
         dynamics: an :class:`~toreq.core.Energy` or :class:`~toreq.core.VectorField`.
         solver: how to settle; undamped fixed-point iteration when None.
         estimator: how to learn; ``Centered`` for energies, ``Predictive`` for pure prediction-error energies,
             ``NonConservative`` for vector fields when None.
-        readout: name of the read-out node (forward then returns a tensor), or several (a dictionary); the last
-            node when
-            None.
+        readout: name of the read-out node (forward then returns a tensor), or several (a dictionary); the last node
+            when None.
         warn: whether unsettled examples give a :class:`~toreq.errors.ConvergenceWarning`, the first time in each phase;
             :attr:`last` counts them always.
 
@@ -128,9 +125,8 @@ class Equilibrium(nn.Module):
         return self._run(x, None)
 
     def loss(self, x: Any, cost: Cost) -> Tensor:
-        r"""Mean cost at equilibrium, its backward nudged by the cost itself: :math:`-\beta\,\partial C/\partial h`
-        at the
-        moving state, as the papers do when the estimator has ``nudge="cost"``.
+        r"""Mean cost at equilibrium, its backward nudged by the cost itself: :math:`-\beta\,\partial C/\partial h` at
+        the moving state, as the papers do when the estimator has ``nudge="cost"``.
 
         Args:
             x: input, batch first.
@@ -313,9 +309,8 @@ def wrap(
         block: maps ``(B, *shape)`` to ``(B, *shape)``; deterministic, without batch statistics.
         shape: shape of one example's state.
         form: ``"residual"`` builds the prediction-error energy :math:`\tfrac12\|h - \mathrm{block}(h, x)\|^2`,
-            learned in one
-            phase by ``Predictive``; ``"vector_field"`` takes the block as a field, learned by ``NonConservative``. The
-            equilibrium and its gradient are the same.
+            learned in one phase by ``Predictive``; ``"vector_field"`` takes the block as a field, learned by
+            ``NonConservative``. The equilibrium and its gradient are the same.
         inject: ``"argument"`` calls ``block(h, x)``, ``"add"`` calls ``block(h + x)``.
         solver, estimator: as for :class:`Equilibrium`.
 

@@ -17,8 +17,7 @@ def check_types(where: str, values: Mapping[str, Any], annotations: Mapping[str,
         where: what the message begins with.
         values: option name -> value.
         annotations: option name -> annotation as text: ``int``, ``float``, ``str``, ``bool``, ``Sequence[int]``,
-            ``None``
-            and unions of these; other annotations are not checked.
+            ``None`` and unions of these; other annotations are not checked.
 
     Raises:
         ConfigError: naming the first option that does not fit.

@@ -171,8 +171,7 @@ class Lateral(Coupling):
     r"""A node coupled to itself: :math:`K = \tfrac12\langle g * h, A(g * h)\rangle`, A symmetric.
 
     Field: :math:`g * A(g * h)`. Without a gate g = 1. A gate is a function of the input alone and is learned by
-    contrast
-    like any drive (a gate on the damping would not move the equilibrium and so would have zero gradient).
+    contrast like any drive (a gate on the damping would not move the equilibrium and so would have zero gradient).
 
     Args:
         op: a symmetric operator on the node's shape.
@@ -230,8 +229,7 @@ class Potential(Coupling):
         op: operator from the node's shape to the hidden shape.
         node: the node's name.
         phi: ``"log_cosh"`` (:math:`\phi' = \tanh`), ``"softplus"`` (logistic) or ``"relu2"``
-            (:math:`\tfrac12\max(z,0)^2`,
-            :math:`\phi' = \max(z, 0)`, with a kink).
+            (:math:`\tfrac12\max(z,0)^2`, :math:`\phi' = \max(z, 0)`, with a kink).
         bias: learn a bias c over the hidden operator's last axis.
         drive: module mapping ``x`` to a further, input-dependent part of c, ``(B, *hidden_shape)``.
     """

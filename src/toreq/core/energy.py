@@ -305,9 +305,8 @@ class Energy(Dynamics):
     ) -> list[Tensor | None]:
         r"""Gradient of :math:`\sum_b w_b\,[E_b(h^+) - E_b(h^-)]` at fixed a, for each bound tensor.
 
-        :math:`\partial E/\partial\theta = -\partial K/\partial\theta - \partial\Phi/\partial\theta`, the second
-        term only
-        for learnable activations. Every component reads the states of its own nodes alone.
+        :math:`\partial E/\partial\theta = -\partial K/\partial\theta - \partial\Phi/\partial\theta`, the second term
+        only for learnable activations. Every component reads the states of its own nodes alone.
 
         Args:
             plus, minus: pairs ``(a, h)`` of states.
@@ -363,8 +362,7 @@ class VectorField(Dynamics):
     Args:
         node: the node, or several.
         block: called as ``block(h, x)`` (or ``block(h)`` with ``inject=False``) with ``h`` of shape ``(B,
-            *node.shape)``
-            and a result of that shape; with several nodes, both are dictionaries.
+            *node.shape)`` and a result of that shape; with several nodes, both are dictionaries.
         inject: pass ``x``; otherwise a ``drive`` must carry the input.
         drive: module mapping ``x`` to a constant part of the field on the first node, computed once.
 

@@ -34,10 +34,9 @@ class NormControl(nn.Module):
     r"""Scale a weight so that its operator's norm stays below a bound: :math:`W \mapsto W\min(1, c/\|A_W\|)`.
 
     The norm is estimated by subspace iteration on a few directions, warm-started from the last call (in training mode
-    only, so that evaluation does not change the module); one direction alone would lag whenever another overtakes
-    it. The
-    estimate is differentiable in W. A bound on each weight does not bound the relaxation Jacobian of several couplings
-    together: watch its radius too (:func:`toreq.core.spectral.relaxation_radius`).
+    only, so that evaluation does not change the module); one direction alone would lag whenever another overtakes it.
+    The estimate is differentiable in W. A bound on each weight does not bound the relaxation Jacobian of several
+    couplings together: watch its radius too (:func:`toreq.core.spectral.relaxation_radius`).
 
     Args:
         operator: the operator whose weight is controlled; linear in that weight.

@@ -2,8 +2,7 @@
 
 ``forward(u)`` is :math:`A u` and ``adjoint(w)`` is :math:`A^\\top w`. (The forward map is not called ``apply``, which
 ``nn.Module`` already has for initialisation functions.) Both take the operator's tensors as an optional second
-argument:
-a relaxation materialises them once (symmetrised, norm-controlled) and passes them to every step.
+argument: a relaxation materialises them once (symmetrised, norm-controlled) and passes them to every step.
 """
 
 from __future__ import annotations

@@ -67,8 +67,7 @@ def relaxation_radius(
 
     Below 1 the undamped relaxation contracts near this state. Computed on the transpose :math:`\sigma' J^\top`, whose
     spectrum is the same; the rate is the geometric mean over the second half of the iterations, which is right for
-    complex
-    pairs of eigenvalues too.
+    complex pairs of eigenvalues too.
 
     Args:
         dynamics: the network.

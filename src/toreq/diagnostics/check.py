@@ -228,8 +228,7 @@ def run_check(
 
     Returns:
         0, or 1 when a supported estimator at its shipped beta has a cosine below 0.999 on any parameter, a wrong
-        length,
-        or when the reference itself disagrees with finite differences.
+        length, or when the reference itself disagrees with finite differences.
 
     Raises:
         ConfigError: an unknown name; CheckpointError: a folder that is not a run.

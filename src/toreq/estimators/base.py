@@ -218,9 +218,8 @@ class Contrastive(Estimator):
             start: where it starts.
             free: the free phase.
             measure: how a residual is judged.
-            active: examples with a cotangent at all, ``(B,)`` or a multiple; the others have settled by
-                definition, since
-                relative to no response there is only rounding noise to measure.
+            active: examples with a cotangent at all, ``(B,)`` or a multiple; the others have settled by definition,
+                since relative to no response there is only rounding noise to measure.
             record: keep the trace.
         """
 

@@ -43,12 +43,11 @@ class _Adjoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Implicit(Estimator):
-    r"""The adjoint fixed point (Almeida 1987, Pineda 1987; Bai et al. 2019):
-    :math:`w = v + J^\top\sigma' w`, gradient :math:`\langle\sigma' w, \partial_\theta f\rangle`.
+    r"""The adjoint fixed point (Almeida 1987, Pineda 1987; Bai et al. 2019): :math:`w = v + J^\top\sigma' w`,
+    gradient :math:`\langle\sigma' w, \partial_\theta f\rangle`.
 
-    Exact up to the tolerances of both solves; memory does not grow with steps. The adjoint is relaxed by the
-    layer's own
-    solver. This is the reference (BP-eq) the other estimators are held against.
+    Exact up to the tolerances of both solves; memory does not grow with steps. The adjoint is relaxed by the layer's
+    own solver. This is the reference (BP-eq) the other estimators are held against.
 
     Args:
         tolerance: relative residual of the adjoint.

@@ -18,16 +18,14 @@ from toreq.solvers.base import Relaxation, Solution, pair_difference, require
 
 @dataclass(frozen=True, kw_only=True)
 class NonConservative(Paired):
-    r"""Nudged phases whose linear response is the adjoint's, whatever the field (cf. Scellier et al. 2018 for
-    vector fields; Laborieux and
-    Zenke 2024 for the asymmetry's effect).
+    r"""Nudged phases whose linear response is the adjoint's, whatever the field (cf. Scellier et al. 2018 for vector
+    fields; Laborieux and Zenke 2024 for the asymmetry's effect).
 
     .. math:: a \leftarrow (1-\gamma)a + \gamma\left[f(h) - (J - J^\top)(h - h^0) \mp \beta v\right],\qquad
               \nabla_\theta = -\tfrac1{2\beta}\langle h^+ - h^-, \partial_\theta f(h^0)\rangle
 
     with J at the free equilibrium; error :math:`O(\beta^2)`. The correction vanishes for a conservative field. It
-    needs one
-    :math:`J` and one :math:`J^\top` product a step, from a graph that is built once.
+    needs one :math:`J` and one :math:`J^\top` product a step, from a graph that is built once.
     """
 
     name: ClassVar[str] = "nonconservative"

@@ -66,14 +66,11 @@ def _errors_only(r: State, a: State) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class Predictive(Contrastive):
     r"""One nudged phase of :math:`E = \tfrac12\sum_l\|h_l - f_l(h_{l-1}; x)\|^2` (cf. Rao and Ballard 1999;
-    Whittington and
-    Bogacz 2017).
+    Whittington and Bogacz 2017).
 
     At the free equilibrium E and its gradient vanish, so one phase gives
-    :math:`-\tfrac1\beta\sum_l\epsilon_l^\top\partial_\theta
-    f_l` for any block. The errors are variables of their own, so a tiny beta loses no digits; as :math:`\beta\to0`
-    this is
-    the adjoint recursion done by local error nodes.
+    :math:`-\tfrac1\beta\sum_l\epsilon_l^\top\partial_\theta f_l` for any block. The errors are variables of their
+    own, so a tiny beta loses no digits; as :math:`\beta\to0` this is the adjoint recursion done by local error nodes.
 
     Args:
         beta: aimed size of the errors relative to the state with ``nudge="relative"``.

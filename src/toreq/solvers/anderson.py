@@ -35,9 +35,8 @@ class Anderson(Solver):
               \Big\|\sum_r c_r g_r\Big\|^2 + \lambda\,\mathrm{tr}(G)\|c\|^2, \quad g = \mathrm{field} - a
 
     With ``order="gauss_seidel"`` (default) nodes that can be recomputed exactly from all others (one of the two
-    colours of a
-    layered network) are eliminated: the accelerated map is a block sweep seen from the other nodes, and its radius is
-    squared. Where there are none it is the Jacobi map.
+    colours of a layered network) are eliminated: the accelerated map is a block sweep seen from the other nodes, and
+    its radius is squared. Where there are none it is the Jacobi map.
 
     Safeguarded: an example whose residual exceeds ``safeguard`` times its best so far forgets its history and takes one
     damped step. Only the newest row of the Gram matrix is computed each step; the R x R systems are solved in float64.

@@ -136,9 +136,8 @@ class Solution:
         state: pre-activations per node.
         h: activations per node.
         steps: field evaluations each example took, ``(B,)`` int64.
-        residual: relative residual of the last iterate checked, ``(B,)``. A settled example's state is that
-            iterate where
-            the solver extrapolates, and one plain update further (a smaller residual) where it does not.
+        residual: relative residual of the last iterate checked, ``(B,)``. A settled example's state is that iterate
+            where the solver extrapolates, and one plain update further (a smaller residual) where it does not.
         converged: ``(B,)`` bool.
         trace: the recorded relaxation, if asked for.
     """

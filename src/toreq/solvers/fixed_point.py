@@ -16,12 +16,11 @@ from toreq.solvers.base import Problem, Solver, require
 class Fading:
     r"""A fading torus of the last R iterates, :math:`-\tfrac12\sum_r\alpha\rho^{\,r-1}\|a - m_r\|^2` beside the energy.
 
-    It acts on the pre-activations, so that the slopes of the nodes do not scale it. At equilibrium all slots equal
-    a and
-    the term vanishes: neither equilibrium nor gradient moves. With ``alpha > 0`` it is damping, treated implicitly,
-    :math:`f \leftarrow (f + \sum_r\alpha\rho^{\,r-1} m_r)/(1 + \sum_r\alpha\rho^{\,r-1})` with the present state in the
-    first slot (explicitly, its delay would make it unstable). With ``alpha < 0`` on one slot it is momentum (heavy ball
-    with momentum :math:`-\gamma\alpha`; Polyak 1964). ``mode="recurrent"`` adds
+    It acts on the pre-activations, so that the slopes of the nodes do not scale it. At equilibrium all slots equal a
+    and the term vanishes: neither equilibrium nor gradient moves. With ``alpha > 0`` it is damping, treated
+    implicitly, :math:`f \leftarrow (f + \sum_r\alpha\rho^{\,r-1} m_r)/(1 + \sum_r\alpha\rho^{\,r-1})` with the
+    present state in the first slot (explicitly, its delay would make it unstable). With ``alpha < 0`` on one slot it
+    is momentum (heavy ball with momentum :math:`-\gamma\alpha`; Polyak 1964). ``mode="recurrent"`` adds
     :math:`\alpha\sum_r\rho^{\,r-1} h(t - r)` to the field instead, which at equilibrium is a self-coupling;
     :class:`toreq.Equilibrium` then adds that self-coupling to the energy, so that gradients stay exact.
 

@@ -20,9 +20,8 @@ from toreq.solvers import Solver
 def chain_bounds(total: float | None, layers: int, lateral: bool) -> tuple[float | None, float | None]:
     r"""Bounds on each coupling's norm under which a layered network's whole coupling matrix has norm at most ``total``.
 
-    A chain of L layers joined by operators of norm c has norm at most :math:`2c\cos(\pi/(L+1))`, laterals of norm
-    l add l;
-    with both, each gets half.
+    A chain of L layers joined by operators of norm c has norm at most :math:`2c\cos(\pi/(L+1))`, laterals of norm l
+    add l; with both, each gets half.
 
     Args:
         total: the bound wanted; None for none.

@@ -35,10 +35,9 @@ class DeepHopfield(System):
     .. math:: E = \sum_l\left[\langle a_l, h_l\rangle - \Phi(a_l)\right] - \langle h_1, U x + c\rangle
               - \sum_l\langle h_{l+1}, A_l h_l + c_{l+1}\rangle - \tfrac12\langle g * h_1, W(g * h_1)\rangle
 
-    The last term is there only when ``gated``, with :math:`g = \mathrm{logistic}(G x + d)`. The read-out is a
-    linear head on
-    the last layer, or with ``output="node"`` a further layer of ``num_classes`` units inside the energy, the papers'
-    network, which is trained by the squared error to one-hot targets.
+    The last term is there only when ``gated``, with :math:`g = \mathrm{logistic}(G x + d)`. The read-out is a linear
+    head on the last layer, or with ``output="node"`` a further layer of ``num_classes`` units inside the energy, the
+    papers' network, which is trained by the squared error to one-hot targets.
 
     Args:
         input_shape: shape of one example; it is flattened.
@@ -120,9 +119,8 @@ class ConvHopfield(System):
     .. math:: E = \sum_l\left[\langle a_l, h_l\rangle - \Phi(a_l)\right] - \langle h_1, U * x + c\rangle
               - \sum_l\langle h_{l+1}, A_l * h_l + c_{l+1}\rangle - \tfrac12\langle g * h_1, W * (g * h_1)\rangle
 
-    with strided convolutions :math:`A_l`. The first convolution is the drive: computed once per relaxation. The
-    last term
-    (W a symmetric convolution) is there only when ``gated``.
+    with strided convolutions :math:`A_l`. The first convolution is the drive: computed once per relaxation. The last
+    term (W a symmetric convolution) is there only when ``gated``.
 
     Args:
         input_shape: ``(C, H, W)``.

@@ -21,9 +21,8 @@ class ToroidalMLP(System):
     .. math:: E = \sum_l\left[\langle a_l, h_l\rangle - \Phi(a_l)\right] - \langle h_1, U x + c\rangle
               - \tfrac12\sum_l\langle g_l * h_l, W_l (g_l * h_l)\rangle - \sum_l\langle h_{l+1}, A_l h_l\rangle
 
-    with :math:`W_l` symmetric and :math:`g_l = 1` unless ``gated``, where :math:`g_1 = \mathrm{logistic}(G x +
-    d)`. Past
-    iterates sit on the solver's ring, over which the next one is extrapolated.
+    with :math:`W_l` symmetric and :math:`g_l = 1` unless ``gated``, where :math:`g_1 = \mathrm{logistic}(G x + d)`.
+    Past iterates sit on the solver's ring, over which the next one is extrapolated.
 
     Args:
         input_shape: shape of one example; it is flattened.
@@ -32,9 +31,8 @@ class ToroidalMLP(System):
         hidden: widths of the hidden layers.
         nonlinearity: ``"tanh"`` or ``"hard_sigmoid"`` (any name of :func:`toreq.core.activation`).
         gated: gate the first layer's lateral coupling by the input.
-        coupling_scale: initial lateral weights have standard deviation ``coupling_scale / sqrt(width)``; the
-            radius of a
-            symmetric Gaussian matrix is twice ``coupling_scale``.
+        coupling_scale: initial lateral weights have standard deviation ``coupling_scale / sqrt(width)``; the radius
+            of a symmetric Gaussian matrix is twice ``coupling_scale``.
         norm_bound: bound on the norm of all couplings together, which bounds the relaxation's radius; None: free.
     """
 

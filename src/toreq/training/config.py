@@ -28,10 +28,9 @@ class TrainConfig:
     The learning rate rises linearly over `warmup` steps (a fraction of the run in [0, 1)) and then is constant, or
     falls as a half cosine to `final_learning_rate` times its peak. `gradient_clip` bounds the norm of the whole
     gradient (None: no bound). `shift` moves every training image by up to that many pixels, anew in each epoch and
-    alike
-    for every side. `checkpoint_every` is in seconds; one is also written after each epoch. `devices` above
-    one trains under DistributedDataParallel, each with its share of `batch_size`. `threads` is torch's number of
-    threads (None: as it is; one if `deterministic`).
+    alike for every side. `checkpoint_every` is in seconds; one is also written after each epoch. `devices` above one
+    trains under DistributedDataParallel, each with its share of `batch_size`. `threads` is torch's number of threads
+    (None: as it is; one if `deterministic`).
 
     Raises `ConfigError` for a value out of range or an unknown name.
     """
