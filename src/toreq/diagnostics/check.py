@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -153,6 +154,8 @@ def check(
         ConfigError: ``net`` has no Equilibrium layer.
     """
     result = result or CheckResult(system)
+    # in training mode norm control refines its estimate at every call: two evaluations would be of two functions
+    net = copy.deepcopy(net).eval()
     result.parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
     chosen = grad.supported(net) if candidates is None else list(candidates)
     if candidates is None:
