@@ -11,6 +11,7 @@ from torch import nn
 import toreq
 from toreq.core import Bilinear, Dense, Drive, Energy, Node, Tanh
 from toreq.errors import ConfigError
+from toreq.options import check_types
 
 
 @pytest.mark.parametrize(
@@ -39,8 +40,17 @@ def test_one_width_may_be_a_number() -> None:
 
 @pytest.mark.parametrize("make", [toreq.solvers.FixedPoint, toreq.solvers.Anderson])
 def test_solver_types(make: Any) -> None:
-    with pytest.raises(ConfigError, match="max_steps of type int"):
+    # a TypeError where annotations are checked at run time
+    with pytest.raises((ConfigError, TypeError), match="max_steps"):
         make(max_steps=10.5)
+
+
+def test_option_types_are_checked_without_annotations_at_run_time_too() -> None:
+    annotations = {"steps": "int", "rate": "float | None", "sizes": "Sequence[int]", "on": "bool", "other": "Tensor"}
+    check_types("here", {"steps": 3, "rate": None, "sizes": (1, 2), "on": True, "other": "anything"}, annotations)
+    for name, value in {"steps": 1.5, "rate": "fast", "sizes": (1, "2"), "on": 1}.items():
+        with pytest.raises(ConfigError, match=f"here: expected {name} of type"):
+            check_types("here", {name: value}, annotations)
 
 
 def test_labels_and_inputs() -> None:
