@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+
+# on its first run on a machine matplotlib names every font that it does not find; the one it falls back to is meant
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 Theme = Literal["light", "dark"]
 Array = NDArray[np.floating] | NDArray[np.integer]
