@@ -1,4 +1,5 @@
 # make demo    train on the bundled MNIST, print the table, write the report
+# make bench   every benchmark, or BENCH="overhead memory"; hours, on a machine with nothing else to do
 # make test    install what the tests need and run them
 # Everything lives in $(VENV); nothing outside the checkout is touched. All paths are relative, so that the
 # checkout may lie in a folder whose name has spaces.
@@ -8,6 +9,8 @@ VENV ?= .venv
 # The CPU build of torch is a tenth of the size of the CUDA build. For a GPU: make setup TORCH_INDEX=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_OUT ?= runs/demo
+BENCH_OUT ?= runs/bench
+BENCH ?=
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -19,7 +22,7 @@ SOURCES := pyproject.toml constraints.txt
 .PHONY: help setup demo test lint types bench docs clean
 
 help:
-	@echo "targets: setup demo test lint types bench docs clean (variables: PYTHON VENV TORCH_INDEX DEMO_OUT PYTEST_ARGS)"
+	@echo "targets: setup demo test lint types bench docs clean (variables: PYTHON VENV TORCH_INDEX DEMO_OUT BENCH_OUT BENCH PYTEST_ARGS)"
 
 setup: $(VENV)/.installed
 
@@ -35,8 +38,8 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(PY) -m basedpyright --pythonpath "$(PY)"
 
-bench: $(VENV)/.installed
-	$(PY) -m toreq.bench
+bench: $(VENV)/.installed-bench
+	"$(VENV)/bin/toreq" bench $(BENCH) --json "$(BENCH_OUT)/bench.json" --plots "$(BENCH_OUT)"
 
 docs: $(VENV)/.installed-docs
 	$(PY) -m mkdocs build --strict
@@ -60,6 +63,10 @@ $(VENV)/.installed: $(SOURCES) | $(PY)
 
 $(VENV)/.installed-dev: $(SOURCES) | $(VENV)/.installed
 	$(INSTALL) -e ".[dev]"
+	@touch "$@"
+
+$(VENV)/.installed-bench: $(SOURCES) | $(VENV)/.installed
+	$(INSTALL) -e ".[bench]"
 	@touch "$@"
 
 $(VENV)/.installed-docs: $(SOURCES) | $(VENV)/.installed
