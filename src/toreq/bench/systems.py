@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from toreq.solvers import Anderson, Fading, FixedPoint, Relaxation, Solver
 BOUNDS = (0.5, 0.8, 0.95)
 TOLERANCE, BATCH, MAX_STEPS = 1e-3, 64, 1000
 SOLVERS: dict[str, Solver] = {
-    "off": FixedPoint(),
+    "plain": FixedPoint(),
     "gauss-seidel": FixedPoint(order="gauss_seidel"),
     "fading": FixedPoint(torus=Fading(alpha=0.3)),
     "heavy ball": FixedPoint(torus=Fading(alpha=-0.4, length=1)),
@@ -26,16 +27,21 @@ SOLVERS: dict[str, Solver] = {
 
 
 @torch.no_grad()
-def run() -> dict[str, Any]:
+def run(archs: Sequence[str] | None = None, bounds: Sequence[float] = BOUNDS, batch: int = BATCH) -> dict[str, Any]:
     """Mean field evaluations to a relative residual of 1e-3 on MNIST images, couplings at their norm bound.
 
     The couplings are scaled up before the bound is applied, so that it is tight; the radius is measured at equilibrium.
+
+    Args:
+        archs: architectures of ``toreqprop``; all of them when None.
+        bounds: norm bounds of all couplings together.
+        batch: images.
     """
-    x = load("mnist").images("test", slice(0, BATCH))
+    x = load("mnist").images("test", slice(0, batch))
     rows: list[dict[str, Any]] = []
     ratios: list[dict[str, Any]] = []
-    for arch in systems.architectures("toreqprop"):
-        for bound in BOUNDS:
+    for arch in archs or systems.architectures("toreqprop"):
+        for bound in bounds:
             torch.manual_seed(0)
             net = systems.create("toreqprop", (1, 28, 28), 10, arch=arch, norm_bound=bound, coupling_scale=2.0)
             net.eval()
@@ -51,7 +57,7 @@ def run() -> dict[str, Any]:
                     radius = float(relaxation_radius(energy, bindings, solution.state).mean())
             for name, taken in steps.items():
                 rows.append({"arch": arch, "bound": bound, "radius": radius, "solver": name, "steps": taken})
-            off, on = steps["off"], steps["anderson"]
-            if off is not None and on is not None:
-                ratios.append(ratio(f"{arch}, radius {radius:.2f}: anderson / off", on / off, 1.0))
+            plain, on = steps["plain"], steps["anderson"]
+            if plain is not None and on is not None:
+                ratios.append(ratio(f"{arch}, radius {radius:.2f}: anderson / plain", on / plain, 1.0))
     return {"bench": "systems", "environment": environment(), "rows": rows, "ratios": ratios}
