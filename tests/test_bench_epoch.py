@@ -160,6 +160,13 @@ def test_learning_stops_at_the_target_and_refuses_a_damaged_state(
         learn()
 
 
+def test_a_state_of_other_settings_is_refused(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy.learn("mlp", "red-black", tmp_path, 1, data, SIZES, 30, report=lambda line: None)
+    monkeypatch.setitem(nets.STEPS["mlp"], "red-black", (3, 2))
+    with pytest.raises(CheckpointError, match=r"3 free and 2 nudged steps.*got one of.*15 free and 15 nudged"):
+        accuracy.learn("mlp", "red-black", tmp_path, 2, data, SIZES, 30, report=lambda line: None)
+
+
 def write_curve(folder: Path, side: str, points: list[tuple[int, float]]) -> None:
     content = {"points": [{"batches": b, "accuracy": a} for b, a in points]}
     (folder / f"mlp-{side}.json").write_text(json.dumps(content))

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from toreq.bench import nets
+from toreq.bench import nets as catalogue
 from toreq.bench.references import Trainer
 from toreq.bench.timing import environment, interleaved, threads
 from toreq.data import Batches, Dataset, load
-from toreq.errors import CheckpointError, ConfigError
+from toreq.errors import CheckpointError, ConfigError, ToreqError
 from toreq.io import atomic_path, atomic_write_json
 
 TARGETS = {"mlp": (0.97, 0.98), "conv": (0.985,)}
@@ -47,7 +47,7 @@ def learn(
     out: Path | str,
     max_batches: int | None = None,
     data: Dataset | None = None,
-    sizes: nets.Sizes | None = None,
+    sizes: catalogue.Sizes | None = None,
     batch_size: int = BATCH,
     check: Callable[[int], bool] = due,
     report: Callable[[str], object] = print,
@@ -78,11 +78,12 @@ def learn(
     folder = Path(out)
     curve_path, state_path = folder / f"{net}-{side}.json", folder / f"{net}-{side}.pt"
     data = load("mnist") if data is None else data
-    trainer = nets.build(net, side, data.input_shape, data.num_classes, sizes)
+    trainer = catalogue.build(net, side, data.input_shape, data.num_classes, sizes)
     batches = Batches(*data.split("train"), batch_size, seed=0, drop_last=True)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
-    done, points = _resume(state_path, trainer)
+    settings = catalogue.settings(net, side)
+    done, points = _resume(state_path, trainer, settings)
     while not (points and points[-1]["accuracy"] >= target) and (max_batches is None or done < max_batches):
         for images, labels in batches.epoch(done // len(batches), start=done % len(batches)):
             trainer.step(images, labels)
@@ -93,7 +94,7 @@ def learn(
                 report(f"{net} {side}: {done} batches, {100 * points[-1]['accuracy']:.2f}%")
                 atomic_write_json(curve_path, _curve(net, side, batch_size, points, target, complete=False))
             if check(done) or last or done % SAVE_EVERY == 0:
-                _save(state_path, trainer, done, points)
+                _save(state_path, trainer, done, points, settings)
             if last or (points and points[-1]["accuracy"] >= target):
                 break
     curve = _curve(net, side, batch_size, points, target, complete=True)
@@ -117,7 +118,7 @@ def _curve(
         "net": net,
         "side": side,
         "batch_size": batch_size,
-        "learning_rate": nets.LEARNING_RATE[net],
+        "settings": catalogue.settings(net, side),
         "target": target,
         "reached": reached,
         "complete": complete,
@@ -125,29 +126,41 @@ def _curve(
     }
 
 
-def _save(path: Path, trainer: Trainer, done: int, points: list[dict[str, Any]]) -> None:
+def _save(path: Path, trainer: Trainer, done: int, points: list[dict[str, Any]], settings: str) -> None:
+    state = {
+        "settings": settings,
+        "trainer": trainer.state(),
+        "rng": torch.get_rng_state(),
+        "batches": done,
+        "points": points,
+    }
     with atomic_path(path) as temporary:
-        torch.save(
-            {"trainer": trainer.state(), "rng": torch.get_rng_state(), "batches": done, "points": points}, temporary
-        )
+        torch.save(state, temporary)
 
 
-def _resume(path: Path, trainer: Trainer) -> tuple[int, list[dict[str, Any]]]:
+def _resume(path: Path, trainer: Trainer, settings: str) -> tuple[int, list[dict[str, Any]]]:
     if not path.exists():
         return 0, []
     try:
         saved = torch.load(path, weights_only=True)
-        trainer.restore(saved["trainer"])
-        torch.set_rng_state(saved["rng"])
-        return saved["batches"], saved["points"]
+        same = saved["settings"] == settings
+        if same:
+            trainer.restore(saved["trainer"])
+            torch.set_rng_state(saved["rng"])
     except Exception as error:
         raise CheckpointError(
             f"learn: expected a state of this side in {path.name}, got {type(error).__name__}; delete it to start anew"
         ) from error
+    if not same:
+        raise CheckpointError(
+            f"learn: expected a state of {settings} in {path.name}, got one of {saved['settings']}; delete it to start "
+            "anew"
+        )
+    return saved["batches"], saved["points"]
 
 
 def _targets(net: str) -> tuple[float, ...]:
-    nets.names(net)
+    catalogue.names(net)
     if net not in TARGETS:
         raise ConfigError(f"time-to-accuracy: expected one of {', '.join(TARGETS)}, got {net!r}; choose among these")
     return TARGETS[net]
@@ -160,7 +173,7 @@ def batches_to(points: Sequence[dict[str, Any]], target: float) -> int | None:
 
 def run(
     curves: Path | str = CURVES,
-    nets_: Sequence[str] = tuple(TARGETS),
+    nets: Sequence[str] = tuple(TARGETS),
     epoch: Path | str | None = None,
     budget: float = BUDGET,
     repetitions: int = 5,
@@ -169,17 +182,21 @@ def run(
 
     Args:
         curves: folder that holds them; a side without a curve has a row that says so.
-        nets_: which nets.
-        epoch: JSON of the bench ``epoch``, whose seconds per batch at one thread are used; measured here when None.
+        nets: which nets.
+        epoch: JSON of the bench ``epoch``, whose seconds per batch at one thread are used. When None they are measured
+            here, with the weights that the curves ended with where the states lie beside them, since settling takes
+            longer in a network that has learned.
         budget: seconds a side may take.
         repetitions: steps of each side that are timed here, in turn.
     """
     rows: list[dict[str, Any]] = []
     ratios: list[dict[str, Any]] = []
-    for net in nets_:
-        found = {side: _read_curve(Path(curves) / f"{net}-{side}.json") for side in nets.names(net)}
+    for net in nets:
+        found = {side: _read_curve(Path(curves) / f"{net}-{side}.json") for side in catalogue.names(net)}
         sides = [side for side, curve in found.items() if curve is not None]
-        seconds = _from_epoch(Path(epoch), net) if epoch is not None else _measured(net, sides, repetitions)
+        seconds = (
+            _from_epoch(Path(epoch), net) if epoch is not None else _measured(net, sides, Path(curves), repetitions)
+        )
         for target in _targets(net):
             taken: dict[str, float | None] = {}
             for side, curve in found.items():
@@ -237,12 +254,13 @@ def _ratios(net: str, target: float, taken: dict[str, float | None]) -> list[dic
     return lines
 
 
-def _measured(net: str, sides: Sequence[str], repetitions: int) -> dict[str, float]:
+def _measured(net: str, sides: Sequence[str], curves: Path, repetitions: int) -> dict[str, float]:
     data = load("mnist")
     images, labels = next(Batches(*data.split("train"), BATCH, seed=0).epoch(0))
     steps: dict[str, Callable[[], None]] = {}
     for side in sides:
-        trainer = nets.build(net, side)
+        trainer = catalogue.build(net, side)
+        _resume(curves / f"{net}-{side}.pt", trainer, catalogue.settings(net, side))
         steps[side] = lambda t=trainer: t.step(images, labels)
     with threads(1):
         return {side: timing.median for side, timing in interleaved(steps, repetitions).items()}
@@ -266,7 +284,7 @@ def _read_curve(path: Path) -> dict[str, Any] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m toreq.bench.accuracy learn NET SIDE --out DIR [--max-batches N]``; 0, or 2 for bad usage."""
+    """``python -m toreq.bench.accuracy learn NET SIDE --out DIR [--max-batches N]``; 0, 2 for bad usage, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m toreq.bench.accuracy", description="Learning curves of the sides.")
     command = parser.add_subparsers(dest="command", required=True)
     one = command.add_parser("learn", help="train one side, resuming where it stopped, and write its curve")
@@ -286,6 +304,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except ConfigError as error:
         parser.error(str(error))
+    except ToreqError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

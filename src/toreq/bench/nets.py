@@ -131,6 +131,19 @@ def build(
         return ModuleTrainer(model, system.criterion, lr)
 
 
+def settings(net: str, side: str) -> str:
+    """What distinguishes a side in words, so that curves of different settings are not taken for one another."""
+    parts = [f"Adam {LEARNING_RATE[net]:g}"]
+    if side in TOREQ:
+        parts.append(f"{TOREQ[side][net].solver}, {TOREQ[side][net].estimator}")
+    elif side == "unrolled":
+        parts.append(f"{Unrolled()} of {TOREQ['toreq'][net].solver}")
+    elif side in STEPS.get(net, {}):
+        free, nudged = STEPS[net][side]
+        parts.append(f"{free} free and {nudged} nudged steps, beta {BETA:g}")
+    return "; ".join(parts)
+
+
 def settling(trainer: Trainer) -> dict[str, float | None]:
     """Mean steps of the latest batch in each phase, and the share of its examples that settled in both.
 
