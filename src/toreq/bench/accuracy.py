@@ -284,7 +284,7 @@ def _read_curve(path: Path) -> dict[str, Any] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m toreq.bench.accuracy learn NET SIDE --out DIR [--max-batches N]``; 0, 2 for bad usage, 1 otherwise."""
+    """``python -m toreq.bench.accuracy learn NET SIDE --out DIR [--max-batches N]``; 0, 1, or 2 for bad usage."""
     parser = argparse.ArgumentParser(prog="python -m toreq.bench.accuracy", description="Learning curves of the sides.")
     command = parser.add_subparsers(dest="command", required=True)
     one = command.add_parser("learn", help="train one side, resuming where it stopped, and write its curve")
