@@ -13,7 +13,7 @@ from toreq.core.energy import Dynamics
 from toreq.core.state import Bindings, State, leaves, with_leaves
 from toreq.errors import ConfigError, DivergenceError
 from toreq.estimators.base import Cost, CostNudge, Estimator, FreePhase, LinearNudge, Nudge, Statistics
-from toreq.solvers.base import Solution, Solver
+from toreq.solvers import Solution, Solver
 
 
 @dataclass

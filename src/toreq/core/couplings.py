@@ -22,7 +22,8 @@ class Coupling(Picklable, ABC):
 
     A subclass needs :meth:`value`; :meth:`field` and :meth:`gradient` then follow by autograd, and are overridden where
     a closed form is faster. ``analytic`` says whether complex states are accepted, ``self_reading``
-    whether a node's field depends on that node itself (both are safe as they are).
+    whether a node's field depends on that node itself, ``linear`` whether the field is a linear function of the state
+    (all are safe as they are).
 
     Args:
         nodes: names of the nodes it joins.
@@ -30,6 +31,7 @@ class Coupling(Picklable, ABC):
 
     analytic: bool = False
     self_reading: bool = True
+    linear: bool = False
     nodes: tuple[str, ...]
 
     def __init__(self, nodes: Sequence[str]) -> None:
@@ -39,6 +41,11 @@ class Coupling(Picklable, ABC):
     def bind(self, x: Tensor) -> Bound:
         """Everything that depends on weights and input only, computed once per relaxation."""
         return Bound()
+
+    def rounded(self, bound: Bound) -> Bound:
+        """The same with the operator's weights rounded to bfloat16, where it has some and can multiply by them."""
+        op = getattr(self, "op", None)
+        return Bound(op.rounded(bound.shared), bound.batched) if isinstance(op, Operator) else bound
 
     @abstractmethod
     def value(self, h: State, bound: Bound) -> Tensor:
@@ -97,6 +104,7 @@ class Drive(Coupling):
     """
 
     analytic = True
+    linear = True
     self_reading = False
 
     def __init__(self, node: str, module: nn.Module) -> None:
@@ -133,6 +141,7 @@ class Bilinear(Coupling):
     """
 
     analytic = True
+    linear = True
     self_reading = False
 
     def __init__(self, op: Operator, pre: str, post: str) -> None:
@@ -180,6 +189,7 @@ class Lateral(Coupling):
     """
 
     analytic = True
+    linear = True
 
     def __init__(self, op: Operator, node: str, gate: nn.Module | None = None) -> None:
         super().__init__([node])
@@ -328,6 +338,7 @@ class Spring(Coupling):
     """
 
     analytic = True
+    linear = True
 
     def __init__(self, a: str, b: str, op: Operator, strength: float = 1.0, learnable: bool = False) -> None:
         super().__init__([a, b])
@@ -361,6 +372,7 @@ class SelfCoupling(Coupling):
     """
 
     analytic = True
+    linear = True
 
     def __init__(self, node: str, strength: float) -> None:
         super().__init__([node])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +17,9 @@ from toreq.core.operators import Operator
 from toreq.core.residual import Residual, bind_block, call_block, check_block
 from toreq.core.state import Bindings, Bound, State, leaves, with_leaves
 from toreq.errors import ConfigError, nearest
+
+Terms = list[tuple[Coupling, Bound]]
+"""Couplings, each with what it is bound to."""
 
 
 class Dynamics(nn.Module, ABC):
@@ -87,6 +91,10 @@ class Dynamics(nn.Module, ABC):
             static: what :meth:`static` returned, possibly plus constant forces; computed when None.
             only: names of the nodes wanted.
         """
+
+    def rounded(self, bindings: Bindings) -> Bindings:
+        """The bindings with the weights of linear operators rounded to bfloat16; the same where there are none."""
+        return bindings
 
     def map(self, h: State, bindings: Bindings, static: State | None = None, only: Only = None) -> State:
         """The map whose fixed point is the free equilibrium; the field, unless a cheaper one has the same
@@ -232,6 +240,11 @@ class Energy(Dynamics):
                 yield f"coupling_{i}", c
 
     @property
+    def linear(self) -> bool:
+        """Whether every term's field is linear in the state, apart from the drives."""
+        return all(c.linear for _, c in self.terms())
+
+    @property
     def predictive(self) -> bool:
         """Whether every term is a :class:`Residual` and every node is predicted: then E = 0 at the free equilibrium."""
         terms = [c for _, c in self.terms()]
@@ -255,6 +268,10 @@ class Energy(Dynamics):
     def _bind(self, x: Any) -> Bindings:
         return {name: c.bind(x) for name, c in self.terms()}
 
+    def rounded(self, bindings: Bindings) -> Bindings:
+        couplings = dict(self.terms())
+        return {name: couplings[name].rounded(b) if name in couplings else b for name, b in bindings.items()}
+
     def static(self, bindings: Bindings) -> State:
         out: State = {}
         for name, c in self.terms():
@@ -265,13 +282,22 @@ class Energy(Dynamics):
 
     def field(self, h: State, bindings: Bindings, static: State | None = None, only: Only = None) -> State:
         static = self.static(bindings) if static is None else static
-        acc = {n: t for n, t in static.items() if only is None or n in only}
-        for name, c in self.terms():
-            if not isinstance(c, Drive) and (only is None or any(n in only for n in c.nodes)):
-                c.add_field(acc, h, bindings[name], only)
-        for n, t in h.items():
-            if n not in acc and (only is None or n in only):
-                acc[n] = torch.zeros_like(t)
+        return self.accumulate(self.moving(bindings), h, static, only)
+
+    def moving(self, bindings: Bindings) -> Terms:
+        """The terms that read the state, each with what it is bound to: all but the drives."""
+        return [(c, bindings[name]) for name, c in self.terms() if not isinstance(c, Drive)]
+
+    @staticmethod
+    def accumulate(terms: Terms, h: State, static: State, only: Only = None) -> State:
+        """The field of these terms at ``h`` plus ``static``, on every node (or those in ``only``)."""
+        acc = dict(static) if only is None else {n: t for n, t in static.items() if n in only}
+        for c, bound in terms:
+            if only is None or not only.isdisjoint(c.nodes):
+                c.add_field(acc, h, bound, only)
+        for n in h if only is None else only:
+            if n not in acc:
+                acc[n] = torch.zeros_like(h[n])
         return acc
 
     def map(self, h: State, bindings: Bindings, static: State | None = None, only: Only = None) -> State:
@@ -351,7 +377,9 @@ class Energy(Dynamics):
         reading = {n for _, c in self.terms() if c.self_reading for n in c.nodes}
         if len(colours) != 2:
             return frozenset()
-        return next((colour for colour in colours if not colour & reading), frozenset())
+        # of the two, the one with more units: what is left to extrapolate over is then small
+        free = [c for c in colours if not c & reading]
+        return max(free, key=lambda c: sum(math.prod(self.shapes[n]) for n in c), default=frozenset())
 
 
 class VectorField(Dynamics):

@@ -41,6 +41,11 @@ class Operator(Picklable, ABC):
         """The weight as :meth:`tensors` would give it."""
         return weight
 
+    def rounded(self, t: Tensors) -> Tensors:
+        """``t`` with the weights in bfloat16 if this operator can multiply by these; what goes in and out keeps
+        its dtype."""
+        return t
+
     @abstractmethod
     def forward(self, u: Tensor, t: Tensors | None = None) -> Tensor:
         r""":math:`A u`."""
@@ -141,34 +146,46 @@ class Dense(Operator):
     def symmetrised(self, weight: Tensor) -> Tensor:
         return (weight + weight.T) / 2 if self.symmetric else weight
 
+    def rounded(self, t: Tensors) -> Tensors:
+        return {**t, "weight": t["weight"].bfloat16()}
+
     def _t(self, t: Tensors | None) -> Tensor:
         return (self.tensors() if t is None else t)["weight"]
 
     def forward(self, u: Tensor, t: Tensors | None = None) -> Tensor:
+        weight = self._t(t)
         if len(self.in_shape) > 1:
             u = u.flatten(1)
-        out = F.linear(u, self._t(t))
+        out = F.linear(_like(u, weight), weight).to(u.dtype)
         return out.unflatten(-1, self.out_shape) if len(self.out_shape) > 1 else out
 
     def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
+        weight = self._t(t)
         if len(self.out_shape) > 1:
             w = w.flatten(1)
-        out = w @ self._t(t)
+        out = (_like(w, weight) @ weight).to(w.dtype)
         return out.unflatten(-1, self.in_shape) if len(self.in_shape) > 1 else out
 
     def add(self, acc: Tensor | None, u: Tensor, t: Tensors) -> Tensor:
-        if acc is not None and acc.dim() == 2 and u.dim() == 2:
-            return torch.addmm(acc, u, t["weight"].T)
-        return super().add(acc, u, t)
+        weight = t["weight"]
+        if acc is None or acc.dim() != 2 or u.dim() != 2:
+            return super().add(acc, u, t)
+        if weight.dtype == torch.bfloat16:
+            return acc + _like(u, weight) @ weight.T
+        return torch.addmm(acc, u, weight.T)
 
     def add_adjoint(self, acc: Tensor | None, w: Tensor, t: Tensors) -> Tensor:
-        if acc is not None and acc.dim() == 2 and w.dim() == 2:
-            return torch.addmm(acc, w, t["weight"])
-        return super().add_adjoint(acc, w, t)
+        weight = t["weight"]
+        if acc is None or acc.dim() != 2 or w.dim() != 2:
+            return super().add_adjoint(acc, w, t)
+        if weight.dtype == torch.bfloat16:
+            return acc + _like(w, weight) @ weight
+        return torch.addmm(acc, w, weight)
 
     def gradient(self, w: Tensor, u: Tensor, t: Tensors) -> Tensors:
-        n_out, n_in = t["weight"].shape
-        return {"weight": w.reshape(-1, n_out).T @ u.reshape(-1, n_in)}
+        weight = t["weight"]
+        n_out, n_in = weight.shape
+        return {"weight": (_like(w, weight).reshape(-1, n_out).T @ _like(u, weight).reshape(-1, n_in)).to(w.dtype)}
 
     def extra_repr(self) -> str:
         return f"{self.in_shape} -> {self.out_shape}, symmetric={self.symmetric}"
@@ -243,29 +260,46 @@ class Conv(Operator):
     def symmetrised(self, weight: Tensor) -> Tensor:
         return (weight + weight.transpose(0, 1).flip(-1, -2)) / 2 if self.symmetric else weight
 
+    def rounded(self, t: Tensors) -> Tensors:
+        return {**t, "weight": t["weight"].bfloat16()}
+
     def _t(self, t: Tensors | None) -> Tensor:
         return (self.tensors() if t is None else t)["weight"]
 
     def forward(self, u: Tensor, t: Tensors | None = None) -> Tensor:
-        out = F.conv2d(u, self._t(t), stride=self.stride, padding=self.padding)
-        return _average_pool(out, self.pool)
+        weight = self._t(t)
+        out = F.conv2d(_like(u, weight), weight, stride=self.stride, padding=self.padding)
+        return _average_pool(out, self.pool).to(u.dtype)
 
     def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
-        return F.conv_transpose2d(
-            _spread(w, self.pool, self.conv_size),
-            self._t(t),
+        weight = self._t(t)
+        out = F.conv_transpose2d(
+            _spread(_like(w, weight), self.pool, self.conv_size),
+            weight,
             stride=self.stride,
             padding=self.padding,
             output_padding=self.output_padding,
         )
+        return out.to(w.dtype)
+
+    def add(self, acc: Tensor | None, u: Tensor, t: Tensors) -> Tensor:
+        if acc is None or t["weight"].dtype != torch.bfloat16:
+            return super().add(acc, u, t)
+        out = F.conv2d(_like(u, t["weight"]), t["weight"], stride=self.stride, padding=self.padding)
+        return acc + _average_pool(out, self.pool)
+
+    def add_adjoint(self, acc: Tensor | None, w: Tensor, t: Tensors) -> Tensor:
+        if acc is None or t["weight"].dtype != torch.bfloat16:
+            return super().add_adjoint(acc, w, t)
+        return acc + self.adjoint(_like(w, t["weight"]), t)
 
     def gradient(self, w: Tensor, u: Tensor, t: Tensors) -> Tensors:
         weight = t["weight"]
         grad = torch.ops.aten.convolution_backward(
-            _spread(w, self.pool, self.conv_size), u, weight, None, [self.stride] * 2, [self.padding] * 2,
-            [1, 1], False, [0, 0], 1, [False, True, False],
+            _spread(_like(w, weight), self.pool, self.conv_size), _like(u, weight), weight, None,
+            [self.stride] * 2, [self.padding] * 2, [1, 1], False, [0, 0], 1, [False, True, False],
         )[1]  # fmt: skip
-        return {"weight": grad}
+        return {"weight": grad.to(w.dtype)}
 
     def extra_repr(self) -> str:
         return f"{self.in_shape} -> {self.out_shape}, stride={self.stride}, pool={self.pool}"
@@ -347,6 +381,11 @@ class Circulant(Operator):
 
     def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
         return self._convolve(w, t, conjugate=True)
+
+
+def _like(u: Tensor, weight: Tensor) -> Tensor:
+    """``u`` as it is, or in bfloat16 if the weight has been rounded to that."""
+    return u.to(torch.bfloat16) if weight.dtype == torch.bfloat16 else u
 
 
 def _average_pool(x: Tensor, pool: int) -> Tensor:

@@ -13,7 +13,9 @@ from torch import Tensor
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.state import Bindings, State, norm, scaled
 from toreq.options import check_types
-from toreq.solvers.base import Measure, Problem, Solution, Solver, require
+from toreq.solvers.base import Solver, require
+from toreq.solvers.problem import Measure, Problem, only_active
+from toreq.solvers.solution import Solution
 
 Cost = Callable[[State], Tensor]
 """Maps the read-out state to a cost per example, ``(B,)``."""
@@ -105,6 +107,14 @@ class FreePhase:
     solver: Solver
     a: State
     h: State
+
+    def contrasted(self) -> Bindings:
+        """The bindings for a contrast: rounded as in the relaxation where the field is linear, since there only
+        differences and means of states are multiplied."""
+        linear = isinstance(self.dynamics, Energy) and self.dynamics.linear
+        if self.solver.precision == "full" or not linear or next(iter(self.a.values())).dtype != torch.float32:
+            return self.bindings
+        return self.dynamics.rounded(self.bindings)
 
 
 @dataclass(frozen=True)
@@ -209,28 +219,30 @@ class Contrastive(Estimator):
         return ~(norm(v) == 0)
 
     def relax(
-        self, problem: Problem, start: State, free: FreePhase, measure: Measure, active: Tensor, record: bool
+        self,
+        problem: Problem,
+        start: tuple[State, State],
+        free: FreePhase,
+        measure: Measure,
+        active: Tensor,
+        record: bool,
     ) -> Solution:
         """The nudged phase: the free phase's solver with this estimator's tolerance.
 
         Args:
             problem: the nudged relaxation.
-            start: where it starts.
+            start: pre-activations and activations where it starts.
             free: the free phase.
             measure: how a residual is judged.
             active: examples with a cotangent at all, ``(B,)`` or a multiple; the others have settled by definition,
                 since relative to no response there is only rounding noise to measure.
             record: keep the trace.
         """
-
-        def judged(r: State, a: State) -> Tensor:
-            ratio = measure(r, a)
-            times = ratio.shape[0] // max(active.shape[0], 1)
-            return torch.where(active.repeat(times), ratio, torch.zeros_like(ratio))
-
+        a, h = start
+        times = next(iter(a.values())).shape[0] // max(active.shape[0], 1)
         steps = free.solver.max_steps if self.max_steps is None else self.max_steps
         solver = replace(free.solver, tolerance=self.tolerance, max_steps=steps)
-        return solver.solve(problem, start, judged, record=record)
+        return solver.solve(problem, a, only_active(measure, active.repeat(times)), record=record, h=h)
 
     @staticmethod
     def force(nudge: Nudge, h: State, signed_beta: Tensor) -> tuple[State | None, Callable[[State], State] | None]:

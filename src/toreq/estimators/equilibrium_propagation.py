@@ -12,12 +12,10 @@ from torch import Tensor
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.state import (
     Bindings,
-    State,
     cast,
     difference,
     halves,
     leaves,
-    norm,
     repeated,
     scaled,
     stacked,
@@ -25,7 +23,9 @@ from toreq.core.state import (
 )
 from toreq.estimators.base import Contrastive, Estimate, FreePhase, Nudge, Statistics, Support
 from toreq.estimators.pairs import Paired, relative_response, twice
-from toreq.solvers.base import Relaxation, Solution, displacement_from, pair_difference, require
+from toreq.solvers.base import require
+from toreq.solvers.problem import Relaxation, displacement_from, pair_difference
+from toreq.solvers.solution import Solution
 
 
 def _energy(free: FreePhase) -> Energy:
@@ -38,8 +38,7 @@ class OneSided(Contrastive):
     r"""One nudged phase (Scellier and Bengio 2017):
     :math:`\tfrac1\beta[\partial_\theta E(h^\beta) - \partial_\theta E(h^0)]`, error :math:`O(\beta)`.
 
-    The free phase's own residual enters this contrast (it cancels in a centered one), so the free phase is first
-    settled further, to ``tolerance`` times the response. There is no asymmetry to measure.
+    There is no asymmetry to measure.
     """
 
     name: ClassVar[str] = "onesided"
@@ -50,30 +49,14 @@ class OneSided(Contrastive):
         energy = _energy(free)
         v = nudge.cotangent(free.h)
         beta, active = self.betas(free, v), self.active(v)
-        settled = self._settled(free, scaled(v, beta), active)
-        free = replace(free, a=settled.state, h=settled.h)
         force, extra = self.force(nudge, free.h, beta)
-        problem = Relaxation(energy, free.bindings, force, extra)
-        solution = self.relax(problem, free.a, free, displacement_from(free.a), active, record)
+        problem = Relaxation(energy, free.bindings, force, extra, origin=(free.a, free.h))
+        solution = self.relax(problem, (free.a, free.h), free, displacement_from(free.a), active, record)
         weight = active / beta
-        gradients = energy.contrast((solution.state, solution.h), (free.a, free.h), weight, free.bindings)
-        statistics = Statistics(
-            settled.steps + solution.steps,
-            torch.maximum(settled.residual, solution.residual),
-            settled.converged & solution.converged,
-            beta=beta,
-            response=relative_response(difference(solution.h, free.h), free.h),
-        )
+        gradients = energy.contrast((solution.state, solution.h), (free.a, free.h), weight, free.contrasted())
+        response = relative_response(difference(solution.h, free.h), free.h)
+        statistics = replace(Statistics.of(solution), beta=beta, response=response)
         return Estimate(gradients, statistics, solution)
-
-    def _settled(self, free: FreePhase, push: State, active: Tensor) -> Solution:
-        response = norm(push)  # of the pre-activations, to first order: the residual is one of these too
-
-        def measure(r: State, a: State) -> Tensor:
-            size = norm(r)
-            return size / (size + response).clamp_min(torch.finfo(size.dtype).tiny)
-
-        return self.relax(Relaxation(free.dynamics, free.bindings), free.a, free, measure, active, False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +75,13 @@ class Centered(Paired):
         pair = self.calibrated(free, nudge, record)
         (a1, a2), (h1, h2) = halves(pair.solution.state), halves(pair.solution.h)
         weight = 0.5 * pair.active / pair.beta
-        gradients = _energy(free).contrast((a1, h1), (a2, h2), weight, free.bindings)
+        gradients = _energy(free).contrast((a1, h1), (a2, h2), weight, free.contrasted())
         return Estimate(gradients, pair.statistics(free.h), pair.solution)
 
     def pair(self, free: FreePhase, nudge: Nudge, beta: Tensor, active: Tensor, record: bool) -> Solution:
-        both = stacked(free.a, free.a)
-        force, extra = self.force(twice(nudge), stacked(free.h, free.h), torch.cat([beta, -beta]))
-        problem = Relaxation(free.dynamics, repeated(free.bindings, 2), force, extra)
+        both = stacked(free.a, free.a), stacked(free.h, free.h)
+        force, extra = self.force(twice(nudge), both[1], torch.cat([beta, -beta]))
+        problem = Relaxation(free.dynamics, repeated(free.bindings, 2), force, extra, origin=both)
         return self.relax(problem, both, free, pair_difference, active, record)
 
 
@@ -165,11 +148,11 @@ class Holomorphic(Contrastive):
         angles = torch.arange(count, dtype=torch.float64) * (2 * math.pi / self.points) + math.pi / self.points
         unit = torch.polar(torch.ones_like(angles), angles).to(dtype=wide, device=radius.device)
         beta = (unit[:, None] * radius.to(wide)).flatten()
-        start = {n: torch.cat([t] * count).to(wide) for n, t in free.a.items()}
+        start, start_h = ({n: torch.cat([t] * count).to(wide) for n, t in part.items()} for part in (free.a, free.h))
         force = scaled({n: torch.cat([t] * count).to(wide) for n, t in v.items()}, -beta)
-        problem = Relaxation(energy, cast(repeated(free.bindings, count), wide), force)
+        problem = Relaxation(energy, cast(repeated(free.bindings, count), wide), force, origin=(start, start_h))
         active = self.active(v)
-        solution = self.relax(problem, start, free, displacement_from(start), active, record)
+        solution = self.relax(problem, (start, start_h), free, displacement_from(start), active, record)
         weight = 2 * active.repeat(count) / (self.points * beta)
         gradients = self._cauchy(energy, solution, weight, free.bindings, count, wide)
         size = radius.shape[0]

@@ -13,7 +13,9 @@ from toreq.core.spectral import field_products
 from toreq.core.state import State, added, difference, halves, repeated, scaled, stacked
 from toreq.estimators.base import Estimate, FreePhase, Nudge, Support
 from toreq.estimators.pairs import Paired, twice
-from toreq.solvers.base import Relaxation, Solution, pair_difference, require
+from toreq.solvers.base import require
+from toreq.solvers.problem import Relaxation, pair_difference
+from toreq.solvers.solution import Solution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,5 +64,5 @@ class NonConservative(Paired):
             dh = difference(h, h0)
             return added(difference(transpose(dh), forward(dh)), force or {})
 
-        problem = Relaxation(free.dynamics, bindings, None, push, as_map=True)
-        return self.relax(problem, a0, free, pair_difference, active, record)
+        problem = Relaxation(free.dynamics, bindings, None, push, as_map=True, origin=(a0, h0))
+        return self.relax(problem, (a0, h0), free, pair_difference, active, record)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from toreq.core.state import State, difference, halves, norm, selected, stacked, take
 from toreq.estimators.base import Contrastive, CostNudge, FreePhase, LinearNudge, Nudge, Statistics
-from toreq.solvers.base import Solution
+from toreq.solvers.solution import Solution
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from toreq.core.residual import Residual
 from toreq.core.state import Bindings, State, difference, scaled
 from toreq.estimators.base import Contrastive, Estimate, FreePhase, Nudge, Statistics, Support
 from toreq.estimators.pairs import relative_response
-from toreq.solvers.base import relative, require
+from toreq.solvers.base import require
 from toreq.solvers.fixed_point import FixedPoint
+from toreq.solvers.problem import relative
 
 
 class _ErrorCoordinates:
@@ -111,7 +112,7 @@ class Predictive(Contrastive):
         damping = getattr(free.solver, "damping", 1.0)
         sweep = FixedPoint(damping=damping, order="gauss_seidel", max_steps=free.solver.max_steps)
         active = self.active(v)
-        solution = self.relax(problem, start, replace(free, solver=sweep), _errors_only, active, record)
+        solution = self.relax(problem, (start, start), replace(free, solver=sweep), _errors_only, active, record)
         state = {n: solution.h[f"h_{n}"] for n in energy.names}
         grads: dict[str, dict[str, Tensor]] = {}
         for name, c in problem.blocks:

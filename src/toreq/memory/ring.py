@@ -46,6 +46,14 @@ class Ring:
         """The decayed sum over the slots."""
         return self._sum
 
+    def selected(self, index: Tensor) -> Ring:
+        """The same ring for the examples ``index``."""
+        part = object.__new__(Ring)
+        part.__dict__.update(self.__dict__)
+        part._slots = [slot.index_select(0, index) for slot in self._slots]
+        part._sum = self._sum.index_select(0, index)
+        return part
+
     def push(self, new: Tensor) -> None:
         """Move the head and overwrite the oldest slot."""
         self._head = (self._head + 1) % self.length

@@ -5,8 +5,10 @@ from typing import Any
 
 from toreq.errors import ConfigError, nearest
 from toreq.solvers.anderson import Anderson
-from toreq.solvers.base import Problem, Relaxation, Solution, Solver, Step, Trace
+from toreq.solvers.base import Solver
 from toreq.solvers.fixed_point import Fading, FixedPoint
+from toreq.solvers.problem import Problem, Relaxation
+from toreq.solvers.solution import Solution, Step, Trace
 
 REGISTRY: dict[str, type[Solver]] = {"fixedpoint": FixedPoint, "anderson": Anderson}
 

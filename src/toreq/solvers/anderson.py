@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from toreq.core.state import State
-from toreq.solvers.base import Problem, Solver, require
+from toreq.solvers.base import Solver, require
+from toreq.solvers.problem import Problem
 
 
 @dataclass
@@ -18,13 +19,12 @@ class _History:
     eliminated: frozenset[str]  # nodes recomputed from the others
     moved: frozenset[str]  # the others, which the accelerated map moves
     last: frozenset[str]  # nodes kept in channels-last order
-    y: Tensor  # (B, R, n) where a damped step from each past iterate leads
-    g: Tensor  # (B, R, n) the residuals of these iterates
-    gram: Tensor  # (B, R, R) inner products of the residuals
-    valid: Tensor  # (B, R) slots that may be used
-    best: Tensor  # (B,) smallest residual norm so far
+    gram: Tensor  # (B, R, R) inner products of the residuals, float64; a slot that may not be used has a row of zeros
+    best: Tensor  # (B,) smallest squared residual norm so far
+    y: list[Tensor]  # (B, n) where a damped step from each past iterate leads
+    g: list[Tensor]  # (B, n) the residuals of these iterates
+    valid: Tensor | None = None  # (B, R) slots that may be used, once some example has restarted
     head: int = 0
-    used: int = 0  # slots written so far; the others hold no numbers yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,28 +79,32 @@ class Anderson(Solver):
         moved = frozenset(a) - first
         last = frozenset(n for n, t in a.items() if _channels_last(t))
         flat = _flatten({n: t for n, t in a.items() if n in moved}, last)
-        size, n = flat.shape
-        real = flat.abs().dtype
-        return _History(
-            first,
-            moved,
-            last,
-            flat.new_empty(size, self.length, n),
-            flat.new_empty(size, self.length, n),
-            flat.new_zeros(size, self.length, self.length),
-            torch.zeros(size, self.length, dtype=torch.bool, device=flat.device),
-            torch.full((size,), torch.inf, dtype=real, device=flat.device),
+        wide = torch.complex128 if flat.is_complex() else torch.float64
+        gram = torch.zeros(flat.shape[0], self.length, self.length, dtype=wide, device=flat.device)
+        best = torch.full((flat.shape[0],), torch.inf, dtype=flat.abs().dtype, device=flat.device)
+        return _History(first, moved, last, gram, best, [], [])
+
+    def select(self, carry: _History, index: Tensor) -> _History:
+        return replace(
+            carry,
+            gram=carry.gram[index],
+            best=carry.best[index],
+            valid=None if carry.valid is None else carry.valid[index],
+            y=[t.index_select(0, index) for t in carry.y],
+            g=[t.index_select(0, index) for t in carry.g],
         )
 
     def step(self, problem: Problem, a: State, h: State, carry: _History) -> tuple[State, State, State]:
         field, swept = self._sweep(problem, a, h, carry)
         before = {n: t for n, t in a.items() if n in carry.moved}
         x, f = _flatten(before, carry.last), _flatten({n: field[n] for n in before}, carry.last)
+        g = f - x
         y = f if self.damping == 1 else torch.lerp(x, f, self.damping)
-        c = self._coefficients(f - x, y, carry)
-        new = _unflatten(torch.bmm(c[:, None, :], carry.y[:, : carry.used])[:, 0], before, carry.last)
+        new = _unflatten(self._extrapolated(g, y, carry), before, carry.last)
+        residual = _unflatten(g, before, carry.last)
+        residual.update({n: field[n] - a[n] for n in carry.eliminated})
         h = {**swept, **problem.activate(new)}
-        return {n: new.get(n, field[n]) for n in a}, {n: h[n] for n in a}, field
+        return {n: new[n] if n in new else field[n] for n in a}, {n: h[n] for n in a}, residual
 
     @staticmethod
     def _sweep(problem: Problem, a: State, h: State, carry: _History) -> tuple[State, State]:
@@ -110,30 +114,60 @@ class Anderson(Solver):
         swept = problem.activate(first)
         return {**first, **problem.field({**h, **swept}, carry.moved)}, swept
 
-    def _coefficients(self, g: Tensor, y: Tensor, carry: _History) -> Tensor:
-        size = torch.linalg.vector_norm(g, dim=1)
-        grown = size > self.safeguard * carry.best
-        carry.best = torch.where(grown, size, torch.minimum(carry.best, size))
+    def _extrapolated(self, g: Tensor, y: Tensor, carry: _History) -> Tensor:
         i = carry.head
-        carry.head, carry.used = (i + 1) % self.length, min(carry.used + 1, self.length)
-        k = carry.used
-        carry.valid = carry.valid & ~grown[:, None]
-        carry.valid[:, i] = True
-        carry.y[:, i], carry.g[:, i] = y, g
-        row = torch.bmm(carry.g[:, :k], g.conj()[:, :, None])[:, :, 0]
+        carry.head = (i + 1) % self.length
+        if len(carry.g) < self.length:
+            carry.g.append(g)
+            carry.y.append(y)
+        else:
+            carry.g[i], carry.y[i] = g, y
+        k = len(carry.g)
+        conjugate = g.conj()
+        # elementwise, since a batched matrix-vector product is several times slower on a CPU
+        row = torch.stack([(past * conjugate).sum(1) for past in carry.g], 1)
+        self._restart(row, i, carry)
         carry.gram[:, i, :k], carry.gram[:, :k, i] = row, row.conj()
-        mask = carry.valid[:, :k]
         if k == 1:
-            return mask.to(g.dtype)
-        wide = torch.complex128 if g.is_complex() else torch.float64
-        gram = carry.gram[:, :k, :k].to(wide) * (mask[:, :, None] & mask[:, None, :])
+            return y
+        c = self._coefficients(carry.gram[:, :k, :k], carry.valid).to(g.dtype)
+        new = c[:, :1] * carry.y[0]
+        for r in range(1, k):
+            new.addcmul_(c[:, r : r + 1], carry.y[r])
+        return new
+
+    def _restart(self, row: Tensor, i: int, carry: _History) -> None:
+        """Forget the history of examples whose residual has grown; the slots stay, but count no more."""
+        size = row[:, i].real
+        grown = size > self.safeguard**2 * carry.best
+        if not bool(grown.any()):
+            carry.best = torch.minimum(carry.best, size)
+            if carry.valid is None:
+                return
+            carry.valid[:, i] = True
+        else:
+            carry.best = torch.where(grown, size, torch.minimum(carry.best, size))
+            valid = carry.gram.new_zeros(carry.gram.shape[:2], dtype=torch.bool) if carry.valid is None else carry.valid
+            if carry.valid is None:
+                valid[:, : row.shape[1]] = True
+            carry.valid = valid & ~grown[:, None]
+            carry.valid[:, i] = True
+            carry.gram *= carry.valid[:, :, None] & carry.valid[:, None, :]
+        row *= carry.valid[:, : row.shape[1]]
+
+    def _coefficients(self, gram: Tensor, valid: Tensor | None) -> Tensor:
+        k = gram.shape[1]
         trace = gram.diagonal(dim1=1, dim2=2).real.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-        # normalised, so that the ridge is relative; unused slots get a unit row and no weight
+        # normalised, so that the ridge is relative
         gram = gram / trace[:, None, None]
-        gram.diagonal(dim1=1, dim2=2).add_(self.ridge + 1e-14 + (~mask).double())
+        gram.diagonal(dim1=1, dim2=2).add_(self.ridge + 1e-14)
+        ones = gram.new_ones(gram.shape[0], k, 1)
+        if valid is not None:  # a slot that may not be used gets a unit row and no weight
+            gram.diagonal(dim1=1, dim2=2).add_(~valid[:, :k])
+            ones = ones * valid[:, :k, None]
         # solve_ex: an overflowed example must not raise for the whole batch
-        c = torch.linalg.solve_ex(gram, mask.to(wide)[:, :, None])[0][:, :, 0] * mask
-        return (c / c.sum(1, keepdim=True)).to(g.dtype)
+        c = torch.linalg.solve_ex(gram, ones)[0][:, :, 0]
+        return c / c.sum(1, keepdim=True)
 
 
 def _channels_last(t: Tensor) -> bool:

@@ -9,7 +9,8 @@ import torch
 
 from toreq.core.state import State
 from toreq.memory.ring import Ring
-from toreq.solvers.base import Problem, Solver, require
+from toreq.solvers.base import Solver, require
+from toreq.solvers.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,18 +103,22 @@ class FixedPoint(Solver):
         kept = h if self.torus.mode == "recurrent" else a
         return {n: Ring(t, self.torus.length, self.torus.decay) for n, t in kept.items()}
 
+    def select(self, carry: dict[str, Ring] | None, index: torch.Tensor) -> dict[str, Ring] | None:
+        return None if carry is None else {n: ring.selected(index) for n, ring in carry.items()}
+
     def step(self, problem: Problem, a: State, h: State, carry: dict[str, Ring] | None) -> tuple[State, State, State]:
         if self.order == "jacobi":
             field = problem.field(h)
+            residual = {n: f - a[n] for n, f in field.items()}
             a = {n: self._update(a[n], h[n], f, n, carry) for n, f in field.items()}
-            return a, problem.activate(a), field
-        a, h, fields = dict(a), dict(h), {}
+            return a, problem.activate(a), residual
+        a, h, residual = dict(a), dict(h), {}
         for colour in problem.colours():
             for n, f in problem.field(h, colour).items():
-                fields[n] = f
+                residual[n] = f - a[n]
                 a[n] = self._update(a[n], h[n], f, n, carry)
             h.update(problem.activate({n: a[n] for n in colour}))
-        return a, h, fields
+        return a, h, residual
 
     def _update(
         self, a: torch.Tensor, h: torch.Tensor, f: torch.Tensor, n: str, carry: dict[str, Ring] | None

@@ -1,0 +1,158 @@
+"""The loop that all solvers share: steps, checks, and examples that leave the batch when they have settled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from toreq.core.state import State, per_example, take
+from toreq.solvers.problem import Measure, Problem, Reducible, reduced
+from toreq.solvers.solution import Solution, Step, Trace
+
+if TYPE_CHECKING:
+    from toreq.solvers.base import Solver
+
+
+WORTH_COMPACTING = 2**19
+"""Numbers in a state below which copying what moves on costs more than it saves."""
+
+
+class Loop:
+    """One relaxation under way.
+
+    An example is frozen at the first check at which its own residual is below tolerance, so that its result does not
+    depend on the rest of the batch. When enough examples are frozen the others go on in a smaller batch.
+
+    Args:
+        solver: its steps and settings.
+        problem: what to relax.
+        a: start, each node ``(B, ...)``.
+        measure: how a residual is judged.
+        h: activations of the start, if known.
+    """
+
+    def __init__(self, solver: Solver, problem: Problem, a: State, measure: Measure, h: State | None = None) -> None:
+        self.solver, self.problem, self.measure = solver, problem, measure
+        self.a, self.h = a, problem.activate(a) if h is None else h
+        self.carry = solver.begin(problem, a, self.h)
+        first = next(iter(a.values()))
+        size, device = first.shape[0], first.device
+        # of the working batch; `rows` says which examples these are, None for all
+        self.rows: Tensor | None = None
+        self.done = torch.zeros(size, dtype=torch.bool, device=device)
+        self.settled = 0
+        self.steps = torch.zeros(size, dtype=torch.int64, device=device)
+        self.residual = torch.full((size,), torch.inf, dtype=first.abs().dtype, device=device)
+        self.kept: tuple[State, State] = (a, self.h)
+        self.full: tuple[State, State, Tensor, Tensor, Tensor] | None = None
+
+    def run(self, callback: Callable[[Step], None] | None, record: bool | str) -> Solution:
+        """Step until every example has settled or overflowed, or the steps are used up."""
+        solver = self.solver
+        log: list[tuple[Tensor, Tensor | None, State | None]] = []
+        watched = bool(record) or callback is not None
+        for t in range(1, solver.max_steps + 1):
+            old, old_h = self.a, self.h
+            self.a, self.h, residual = solver.step(self.problem, old, old_h, self.carry)
+            check = t == solver.max_steps or (solver.tolerance > 0 and t % solver.check_every == 0)
+            if not (check or watched):
+                continue
+            with torch.no_grad():
+                ratio = self.measure(residual, old)
+            if record:
+                energy = self.problem.energy(old, old_h)
+                log.append((ratio, energy, dict(old) if record == "states" else None))
+            if callback is not None:
+                callback(Step(t, self.a, self.h, ratio))
+            if check and self._check(t, ratio, (old, old_h)):
+                break
+            if check and not watched:
+                self._compact()
+        return self._solution(_trace(log))
+
+    def _check(self, t: int, ratio: Tensor, old: tuple[State, State]) -> bool:
+        """Freeze what has settled; whether the loop ends here."""
+        solver, before = self.solver, self.settled
+        settled = ratio <= solver.tolerance
+        if before:
+            settled |= self.done
+        self.settled, finite = (int(v) for v in torch.stack([settled.sum(), torch.isfinite(ratio).sum()]).tolist())
+        size = ratio.shape[0]
+        last = t == solver.max_steps
+        if self.settled == 0 and not last and finite == size:
+            return False
+        new = (self.a, self.h)
+        # what an example that settles now keeps; those settled earlier keep what they had
+        kept = solver.checked(self.carry, old, new) if solver.extrapolates() else new
+        if before:
+            self.residual, self.steps = torch.where(self.done, self.residual, ratio), self.steps.where(self.done, t)
+            self.kept = _where(self.done, self.kept, kept)
+        else:
+            self.residual, self.steps, self.kept = ratio, torch.full_like(self.steps, t), kept
+        self.done = settled
+        ends = last or self.settled == size
+        if not ends and finite < size:
+            # an example that overflowed cannot settle any more, but must not stop the others
+            ends = bool((self.done | ~torch.isfinite(ratio)).all())
+        if ends and self.settled < size and solver.extrapolates():
+            self.kept = _where(self.done, self.kept, new)
+        return ends
+
+    def _compact(self) -> None:
+        size = self.done.shape[0]
+        share = self.solver.compaction
+        if share == 0 or self.settled < max(1, share * size) or not isinstance(self.problem, Reducible):
+            return
+        if sum(t.numel() for t in self.a.values()) < WORTH_COMPACTING:
+            return
+        moving = (~self.done).nonzero().flatten()
+        problem = self.problem.selected(moving)
+        if problem is None:
+            return
+        self._store()
+        self.rows = moving if self.rows is None else self.rows[moving]
+        self.problem, self.measure = problem, reduced(self.measure, moving)
+        self.carry = self.solver.select(self.carry, moving)
+        self.a, self.h = take(self.a, moving), take(self.h, moving)
+        self.kept = (self.a, self.h)
+        self.done, self.residual, self.steps = self.done[moving], self.residual[moving], self.steps[moving]
+        self.settled = 0
+
+    def _store(self) -> None:
+        """Write the working batch into the full one."""
+        state, h = self.kept
+        if self.full is None or self.rows is None:
+            copies = ({n: t.clone() for n, t in part.items()} for part in (state, h))
+            self.full = (*copies, self.steps.clone(), self.residual.clone(), self.done.clone())  # type: ignore[assignment]
+            return
+        full_state, full_h, steps, residual, done = self.full
+        for whole, part in ((full_state, state), (full_h, h)):
+            for n, t in part.items():
+                whole[n].index_copy_(0, self.rows, t)
+        for whole, part in ((steps, self.steps), (residual, self.residual), (done, self.done)):
+            whole.index_copy_(0, self.rows, part)
+
+    def _solution(self, trace: Trace | None) -> Solution:
+        if self.full is None:
+            return Solution(*self.kept, self.steps, self.residual, self.done, trace)
+        self._store()
+        return Solution(*self.full, trace)
+
+
+def _trace(log: list[tuple[Tensor, Tensor | None, State | None]]) -> Trace | None:
+    if not log:
+        return None
+    energies = [e for _, e, _ in log if e is not None]
+    states = [s for _, _, s in log if s is not None]
+    residual = torch.stack([r for r, _, _ in log])
+    return Trace(residual, torch.stack(energies) if energies else None, states or None)
+
+
+def _where(done: Tensor, a: tuple[State, State], b: tuple[State, State]) -> tuple[State, State]:
+    first, second = (
+        {n: torch.where(per_example(done, x), x, new[n]) for n, x in old.items()} for old, new in zip(a, b, strict=True)
+    )
+    return first, second

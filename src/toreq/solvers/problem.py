@@ -1,0 +1,238 @@
+"""What a solver relaxes, and how it is judged whether an example has settled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from toreq.core.couplings import Only
+from toreq.core.energy import Dynamics, Energy
+from toreq.core.state import Bindings, State, added, difference, dot, halves, norm, selected, take
+
+
+@runtime_checkable
+class Problem(Protocol):
+    """A map ``a -> field(activate(a))`` whose fixed point is wanted."""
+
+    def activate(self, a: State, only: Only = None) -> State: ...
+
+    def field(self, h: State, only: Only = None) -> State: ...
+
+    def colours(self) -> list[frozenset[str]]: ...
+
+    def eliminable(self) -> frozenset[str]: ...
+
+    def energy(self, a: State, h: State) -> Tensor | None: ...
+
+
+@runtime_checkable
+class Reducible(Protocol):
+    """A problem that can go on with some of its examples only."""
+
+    def selected(self, index: Tensor) -> Problem | None: ...
+
+
+@runtime_checkable
+class Roundable(Protocol):
+    """A problem that can be relaxed in few digits first."""
+
+    def rounded(self) -> Problem | None: ...
+
+    def around(self, f: State, h: State) -> Problem: ...
+
+
+class Relaxation:
+    r"""A network bound to an input, with constant and state-dependent forces added to its field.
+
+    With an ``origin`` :math:`(f_0, h_0)` the field is :math:`f_0 + [f(h) - f(h_0)]`: the same network with a constant
+    force that makes :math:`f_0` the field at :math:`h_0`. A nudged phase takes the free equilibrium as found,
+    :math:`(a_0, h_0)`, for its origin, so that the free phase's remaining residual is part of both phases instead of
+    something that they settle first. Where all couplings are linear, only :math:`h - h_0` is multiplied by them: a
+    small response then keeps its digits, in float32 and even with couplings rounded to bfloat16.
+
+    Args:
+        dynamics: the network.
+        bindings: what ``dynamics.bind(x)`` returned.
+        force: constant force per node, e.g. ``-beta * v``; joined with the drives once.
+        extra: state-dependent force ``h -> {node: force}``.
+        as_map: relax :meth:`~toreq.core.Dynamics.map` instead of the field (free phases and linear responses).
+        origin: the pair :math:`(f_0, h_0)`.
+        coarse: round the couplings to bfloat16, where they can be.
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        bindings: Bindings,
+        force: State | None = None,
+        extra: Callable[[State], State] | None = None,
+        as_map: bool = False,
+        origin: tuple[State, State] | None = None,
+        coarse: bool = False,
+    ) -> None:
+        self.dynamics, self.bindings, self.force, self.extra, self.as_map = dynamics, bindings, force, extra, as_map
+        self.origin, self.coarse = origin, coarse
+        self.linear = origin is not None and isinstance(dynamics, Energy) and dynamics.linear
+        self._used = dynamics.rounded(bindings) if coarse else bindings
+        self._terms = dynamics.moving(self._used) if isinstance(dynamics, Energy) else None
+        if self._terms is None or (as_map and isinstance(dynamics, Energy) and dynamics.predictive):
+            self._terms = None
+        if origin is None:
+            self.static = dynamics.static(bindings)
+        elif self.linear:
+            self.static = origin[0]
+        else:
+            self.static = dynamics.static(bindings)
+            self.static = added(self.static, difference(origin[0], self._evaluate(origin[1], None)))
+        if force:
+            self.static = added(self.static, force)
+
+    def activate(self, a: State, only: Only = None) -> State:
+        return self.dynamics.activate(a, self.bindings, only)
+
+    def field(self, h: State, only: Only = None) -> State:
+        if self.linear:
+            assert self.origin is not None
+            h0 = self.origin[1]
+            if all(t is h0[n] for n, t in h.items()):  # nothing has moved yet: no product needed
+                f = {n: t for n, t in self.static.items() if only is None or n in only}
+            else:
+                f = self._evaluate({n: t - h0[n] for n, t in h.items()}, only)
+        else:
+            f = self._evaluate(h, only)
+        if self.extra is not None:
+            for n, t in self.extra(h).items():
+                if n in f:
+                    f[n] = f[n] + t
+        return f
+
+    def _evaluate(self, h: State, only: Only) -> State:
+        if self._terms is not None:
+            return Energy.accumulate(self._terms, h, self.static, only)
+        evaluate = self.dynamics.map if self.as_map else self.dynamics.field
+        return evaluate(h, self._used, self.static, only)
+
+    def colours(self) -> list[frozenset[str]]:
+        return self.dynamics.colours()
+
+    def eliminable(self) -> frozenset[str]:
+        # a force that depends on the state may couple any nodes
+        return self.dynamics.eliminable() if self.extra is None else frozenset()
+
+    def energy(self, a: State, h: State) -> Tensor | None:
+        if not isinstance(self.dynamics, Energy):
+            return None
+        e = self.dynamics(a, self.bindings)
+        for n, t in (self.force or {}).items():
+            e = e - dot(t, h[n])
+        return e
+
+    def selected(self, index: Tensor) -> Relaxation | None:
+        """The same relaxation of the examples ``index``; None with a force that knows its whole batch."""
+        if self.extra is not None:
+            return None
+        origin = None if self.origin is None else (take(self.origin[0], index), take(self.origin[1], index))
+        part = object.__new__(Relaxation)
+        part.__dict__.update(self.__dict__)
+        part.bindings, part._used = selected(self.bindings, index), selected(self._used, index)
+        part.force = None if self.force is None else take(self.force, index)
+        part.static, part.origin = take(self.static, index), origin
+        if self._terms is not None:
+            assert isinstance(self.dynamics, Energy)
+            part._terms = self.dynamics.moving(part._used)
+        return part
+
+    def rounded(self) -> Relaxation | None:
+        """The same relaxation with couplings rounded to bfloat16; None where nothing can be rounded."""
+        first = next(iter(self.static.values()), None)
+        if first is None or first.dtype != torch.float32 or not isinstance(self.dynamics, Energy) or self.coarse:
+            return None
+        if self.origin is not None and not self.linear:
+            return None  # the rounding of f(h) - f(h0) would drown a small response
+        return Relaxation(self.dynamics, self.bindings, self.force, self.extra, self.as_map, self.origin, coarse=True)
+
+    def around(self, f: State, h: State) -> Relaxation:
+        """The same relaxation, computed from its field ``f`` at ``h``: rounding then only touches what moves on."""
+        if not (isinstance(self.dynamics, Energy) and self.dynamics.linear):
+            return self
+        # f holds the forces already
+        return Relaxation(self.dynamics, self.bindings, None, self.extra, self.as_map, (f, h), coarse=True)
+
+
+Measure = Callable[[State, State], Tensor]
+"""``(residual, a) -> (B,)`` relative residual in [0, 1]; one that holds tensors of a batch has ``selected(index)``."""
+
+
+def reduced(measure: Measure, index: Tensor) -> Measure:
+    """The measure for the examples ``index``."""
+    select = getattr(measure, "selected", None)
+    return measure if select is None else select(index)
+
+
+def _ratio(r: State, scale: State) -> Tensor:
+    return _share(norm(r), norm(scale))
+
+
+def _share(size: Tensor, scale: Tensor) -> Tensor:
+    return size / (size + scale).clamp_min(torch.finfo(size.dtype).tiny)
+
+
+def relative(r: State, a: State) -> Tensor:
+    r""":math:`\|r\| / (\|r\| + \|a\|)` per example."""
+    return _ratio(r, a)
+
+
+def pair_difference(r: State, a: State) -> Tensor:
+    """The residual of the difference of two stacked phases, relative to that difference.
+
+    What the two phases have in common cancels in a contrast, so only their difference needs to settle.
+    """
+    (r1, r2), (a1, a2) = halves(r), halves(a)
+    ratio = _ratio(difference(r1, r2), difference(a1, a2))
+    return torch.cat([ratio, ratio])
+
+
+class displacement_from:
+    """The residual relative to the distance from ``start``: for one nudged phase, relative to the response."""
+
+    def __init__(self, start: State) -> None:
+        self.start = start
+
+    def __call__(self, r: State, a: State) -> Tensor:
+        return _ratio(r, difference(a, self.start))
+
+    def selected(self, index: Tensor) -> Measure:
+        return displacement_from(take(self.start, index))
+
+
+class relative_to:
+    """The residual relative to a given size per example, ``(B,)``."""
+
+    def __init__(self, size: Tensor) -> None:
+        self.size = size
+
+    def __call__(self, r: State, a: State) -> Tensor:
+        return _share(norm(r), self.size)
+
+    def selected(self, index: Tensor) -> Measure:
+        return relative_to(self.size.index_select(0, index))
+
+
+class only_active:
+    """A measure under which the examples without a cotangent have settled by definition.
+
+    Relative to no response there is only rounding noise to measure.
+    """
+
+    def __init__(self, measure: Measure, active: Tensor) -> None:
+        self.measure, self.active = measure, active
+
+    def __call__(self, r: State, a: State) -> Tensor:
+        ratio = self.measure(r, a)
+        return torch.where(self.active, ratio, torch.zeros_like(ratio))
+
+    def selected(self, index: Tensor) -> Measure:
+        return only_active(reduced(self.measure, index), self.active.index_select(0, index))
