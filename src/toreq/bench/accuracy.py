@@ -238,7 +238,7 @@ def _row(
     if within is not None:
         return {**row, "seconds": within * batch_seconds, "verdict": "reached"}
     # a curve that ends before its budget does says nothing about the rest of it
-    spent = len(affordable) < len(points) or row["batches_seen"] * batch_seconds >= budget
+    spent = row["batches_seen"] * batch_seconds >= budget
     return {**row, "verdict": "> budget" if spent else "curve ends before the budget"}
 
 

@@ -35,7 +35,8 @@ class DEQ(nn.Module):
         width: units of the layer.
         classes: number of classes.
         max_iter: limit of both iterations.
-        tolerance: of both, absolute as is the library's default.
+        tolerance: of both, absolute as is the library's default. Its own default for the backward, 1e-6, takes about
+            a third longer and changes the gradient in the third digit.
     """
 
     def __init__(self, input_shape: Sequence[int], width: int, classes: int, max_iter: int, tolerance: float) -> None:
