@@ -1,11 +1,11 @@
-"""Write the tables of README.md, docs/results.md and docs/performance.md from evidence/results/foundation.
+"""Write the tables of README.md, docs/results.md and docs/performance.md from evidence/results.
 
-    python scripts/results.py            rewrite the tables
+    python scripts/results.py            rewrite the tables and draw the benches' pictures
     python scripts/results.py --check    exit 1 if a table is not what the files give
 
-A file is the summary.json of a run by `toreq train`, or, named bench*.json, what `python -m toreq.bench --json FILE`
-wrote. Runs that differ in their seed alone share a row. Nothing in the tables is typed: numbers, settings, machine and
-commands all come from the files.
+In evidence/results/foundation a file is the summary.json of a run by `toreq train`; in evidence/results/bench it is
+what `toreq bench NAME --json FILE` wrote. Runs that differ in their seed alone share a row. Nothing in the tables is
+typed: numbers, settings, machine and commands all come from the files.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from typing import Any
 from scipy import stats
 
 from toreq import systems, training
+from toreq.bench.registry import cell, columns, names, verdict
 from toreq.errors import ToreqError
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARIES = ROOT / "evidence" / "results" / "foundation"
+BENCH_FILES = ROOT / "evidence" / "results" / "bench"
+PICTURES = ROOT / "docs" / "assets" / "bench"
 NAME = "results"
 BENCHES = "benches"
 EMPTY = "No runs are committed yet."
@@ -66,12 +69,22 @@ def rewrite(bodies: Mapping[Path, Mapping[str, str]], check: bool) -> int:
 
 def load(folder: Path = SUMMARIES) -> list[Run]:
     """The summaries in ``folder``, sorted by file name."""
-    return [_read(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith("bench")]
+    return [_read(path) for path in sorted(folder.glob("*.json"))]
 
 
-def load_benches(folder: Path = SUMMARIES) -> list[Run]:
-    """The benchmarks in ``folder``."""
-    return [result for path in sorted(folder.glob("bench*.json")) for result in _read(path)["results"]]
+def load_benches(folder: Path = BENCH_FILES) -> list[Run]:
+    """The benchmarks in ``folder``, one file ``NAME.json`` each, in the order in which they run."""
+    found = []
+    for path in sorted(folder.glob("*.json"), key=lambda path: _place(path.stem)):
+        results = _read(path)["results"]
+        if [result["bench"] for result in results] != [path.stem]:
+            raise ToreqError(f"{path.name}: expected the results of {path.stem!r} alone, got others; run it again")
+        found += results
+    return found
+
+
+def _place(bench: str) -> tuple[int, str]:
+    return (names().index(bench) if bench in names() else len(names()), bench)
 
 
 def _read(path: Path) -> Any:
@@ -206,38 +219,83 @@ def body(runs: Sequence[Run]) -> str:
     )
 
 
-def bench_body(benches: Sequence[Run]) -> str:
-    """The ratios and the rows of each benchmark."""
+def bench_command(bench: Run) -> str:
+    """The command that makes a benchmark's file anew."""
+    words = ["toreq", "bench", str(bench["bench"])]
+    for key, value in bench.get("options", {}).items():
+        value = tuple(value) if isinstance(value, list) else value
+        if key == "threads":
+            words += ["--threads", *map(str, value)]
+        else:
+            words += ["--set", f"{key}={value}"]
+    return shlex.join([*words, "--json", f"{BENCH_FILES.relative_to(ROOT).as_posix()}/{bench['bench']}.json"])
+
+
+def bench_body(benches: Sequence[Run], pictures: Path = PICTURES) -> str:
+    """A summary of the verdicts, then command, machine, picture, ratios and rows of each benchmark."""
     if not benches:
         return NO_BENCHES
-    parts = []
+    parts = [_summary(benches)]
     for bench in benches:
-        where = ", ".join(f"{key} {value}" for key, value in bench["environment"].items())
-        parts.append(f"### {bench['bench']}\n\nMeasured on: {where}.")
-        for lines in (bench["ratios"], bench["rows"]):
-            if lines:
-                columns = list(lines[0])
-                cells = [[_cell(line.get(key)) for key in columns] for line in lines]
-                parts.append(table([key.replace("_", " ") for key in columns], cells))
-    return "\n\n".join(parts)
+        where = ", ".join(f"{key.replace('_', ' ')} {cell(value)}" for key, value in bench["environment"].items())
+        # a file from before the command existed was made by other code
+        made = (
+            f"```sh\n{bench_command(bench)}\n```" if "options" in bench else "From an earlier form of this benchmark."
+        )
+        parts += [f"### {bench['bench']}", made, f"Measured on: {where}."]
+        picture = pictures / f"{bench['bench']}.png"
+        if picture.exists():
+            parts.append(f"![{bench['bench']}: the table below, drawn](assets/bench/{picture.name})")
+        judged = [{**line, "holds": verdict(line)} for line in bench["ratios"]]
+        parts += [_lines(judged), _lines(bench.get("fits", [])), _folded(bench["rows"])]
+    return "\n\n".join(part for part in parts if part)
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _summary(benches: Sequence[Run]) -> str:
+    """What was aimed at and what was missed, over all benchmarks."""
+    lines = [(bench["bench"], line) for bench in benches for line in bench["ratios"] if line["holds"] is not None]
+    missed = [(name, line) for name, line in lines if not line["holds"]]
+    head = f"{len(lines)} ratios have a target; {len(lines) - len(missed)} hold and {len(missed)} are missed"
+    if not missed:
+        return head + "."
+    rows = [[name, line["name"], cell(line["value"]), cell(line["target"])] for name, line in missed]
+    return f"{head}:\n\n" + table(("benchmark", "missed", "value", "target"), rows)
+
+
+def _lines(lines: Sequence[Run]) -> str:
+    if not lines:
+        return ""
+    keys = columns(lines)
+    return table([key.replace("_", " ") for key in keys], [[cell(line.get(key)) for key in keys] for line in lines])
+
+
+def _folded(rows: Sequence[Run]) -> str:
+    """The raw rows; a long table is folded away."""
+    text = _lines(rows)
+    if len(rows) <= 12:
+        return text
+    return f'<details markdown="1">\n<summary>All {len(rows)} rows</summary>\n\n{text}\n\n</details>'
+
+
+def draw_benches(benches: Sequence[Run], folder: Path = PICTURES) -> None:
+    """Draw the picture of each benchmark."""
+    from toreq.bench.plots import write
+
+    for bench in benches:
+        print(f"{write(bench, folder).relative_to(ROOT)}: drawn")
 
 
 def main() -> int:
     """Rewrite or check the tables; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is out of date")
-    text = body(load())
+    check = parser.parse_args().check
+    text, benches = body(load()), load_benches()
+    if not check:
+        draw_benches(benches)
     files = {path: {NAME: text} for path in (ROOT / "README.md", ROOT / "docs" / "results.md")}
-    files[ROOT / "docs" / "performance.md"] = {BENCHES: bench_body(load_benches())}
-    return rewrite(files, parser.parse_args().check)
+    files[ROOT / "docs" / "performance.md"] = {BENCHES: bench_body(benches)}
+    return rewrite(files, check)
 
 
 if __name__ == "__main__":

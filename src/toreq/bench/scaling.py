@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from toreq import systems
+from toreq.bench.nets import Sizes, build
 from toreq.bench.timing import environment, interleaved, ratio
 from toreq.bench.timing import threads as at_threads
 from toreq.data import Batches, load
 from toreq.errors import ConfigError, nearest
 
-NETS: dict[str, dict[str, Any]] = {
-    "mlp": {"arch": "hopfield", "output": "node", "nonlinearity": "hard_sigmoid"},
-    "lateral": {"arch": "mlp"},
-}
-"""The papers' 784-width-10 with its output node in the energy, and one tanh layer with a full coupling to itself."""
+NETS = ("mlp", "lateral")
+SIDES = ("toreq", "backprop")
 
 
 def run(
-    nets: Sequence[str] = tuple(NETS),
+    nets: Sequence[str] = NETS,
     batches: Sequence[int] = (16, 32, 64, 128, 256, 512, 1024),
     widths: Sequence[int] = (128, 256, 512, 1024, 2048),
     width: int = 512,
@@ -32,13 +29,14 @@ def run(
     warm: int = 30,
     repetitions: int = 11,
 ) -> dict[str, Any]:
-    """Time training steps (forward, backward, Adam) on MNIST of toreq and of its feed-forward twin by backprop.
+    """Time training steps (forward, backward, Adam) on MNIST of toreq and of its feed-forward twin by backprop, both
+    in the settings of :mod:`toreq.bench.nets`.
 
     Every side first trains for ``warm`` steps. The exponent is the slope of log time against log size by least squares
     over the upper half of the sizes (the middle one included), where fixed costs matter least.
 
     Args:
-        nets: of ``mlp`` (784-width-10, output node), ``lateral`` (ToroidalMLP).
+        nets: of ``mlp`` (784-width-10, the output node inside the energy), ``lateral`` (ToroidalMLP).
         batches: batch sizes, at width ``width``.
         widths: widths, at batch ``batch``.
         width: see ``batches``.
@@ -52,7 +50,7 @@ def run(
     """
     for net in nets:
         if net not in NETS:
-            raise ConfigError(f"scaling: expected nets of {list(NETS)}, got {net!r}; {nearest(net, NETS)}")
+            raise ConfigError(f"scaling: expected nets of {NETS}, got {net!r}; {nearest(net, NETS)}")
     if min(len(batches), len(widths)) < 2:
         raise ConfigError(f"scaling: expected two sizes or more, got {batches} and {widths}; an exponent needs two")
     rows: list[dict[str, Any]] = []
@@ -127,27 +125,14 @@ def _fits(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _sides(net: str, width: int, batch: int) -> dict[str, Callable[[], None]]:
     data = load("mnist")
     x, y = data.split("train")
-    torch.manual_seed(0)
-    model = systems.create("toreqprop", data.input_shape, data.num_classes, hidden=(width,), **NETS[net])
-    torch.manual_seed(0)
-    return {
-        "toreq": _stepper(model, model.criterion, x, y, batch),
-        "backprop": _stepper(model.feedforward(), model.criterion, x, y, batch),
-    }
+    sides: dict[str, Callable[[], None]] = {}
+    for side in SIDES:
+        trainer = build(net, side, data.input_shape, data.num_classes, Sizes(width=width))
+        stream = _stream(x, y, batch)
+        sides[side] = lambda trainer=trainer, stream=stream: trainer.step(*next(stream))
+    return sides
 
 
-def _stepper(
-    model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, batch: int
-) -> Callable[[], None]:
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+def _stream(x: Tensor, y: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     batches = Batches(x, y, batch, seed=0, drop_last=True)
-    stream = (pair for epoch in range(1000) for pair in batches.epoch(epoch))
-
-    def step() -> None:
-        images, labels = next(stream)
-        loss = criterion(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return (pair for epoch in itertools.count() for pair in batches.epoch(epoch))

@@ -150,7 +150,6 @@ def _ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         # a side that settles where plain iteration does not is better without a finite ratio
         value = None if on is None or plain is None else on / plain
         holds = on is not None and (plain is None or on < plain)
-        out.append(
-            {"name": f"{problem}, radius {radius}: {side} / plain", "value": value, "target": 1.0, "holds": holds}
-        )
+        name = f"{problem}, radius {radius}: {side} / plain" + (" (which does not settle)" if plain is None else "")
+        out.append({"name": name, "value": value, "target": 1.0, "holds": holds})
     return out

@@ -21,7 +21,9 @@ class Bench:
     `time-to-accuracy` compare with torchdeq: `pip install "toreq[bench]"`.
     """
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME...]", help_behavior_hint="")] = ()
+    names: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME...]", help_behavior_hint="")
+    ] = ()
     """Benches to run; all of them, in this order, when left out."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the numbers to this file after each bench; other benches' results that it holds are kept."""
