@@ -135,7 +135,7 @@ class Equilibrium(nn.Module):
         return self._run(x, cost)
 
     def _run(self, x: Any, cost: Cost | None) -> Any:
-        bindings = self.dynamics.bind(x)
+        bindings = self._bind(x)
         flat = leaves(bindings)
         if isinstance(self._estimator, Unrolled):
             out = self._unrolled(bindings, self._estimator)
@@ -157,6 +157,9 @@ class Equilibrium(nn.Module):
             free = self.free_phase(detached(bindings))
             out = {n: free.h[n] for n in self.readout}
             return cost_per_example(out, cost).mean() if cost else self._shape(out)
+
+    def _bind(self, x: Any) -> Bindings:
+        return self.dynamics.bind(x, rounded=self._solver.precision == "rounded")
 
     def _shape(self, out: State) -> Any:
         return out[self.readout[0]] if self.single else out
@@ -193,7 +196,7 @@ class Equilibrium(nn.Module):
             callback: called after every step with a :class:`~toreq.solvers.Step`.
         """
         with torch.no_grad():
-            return self.free_phase(detached(self.dynamics.bind(x)), record, callback)
+            return self.free_phase(detached(self._bind(x)), record, callback)
 
     def solve_nudged(self, x: Any, cotangent: Tensor | State, record: bool = False) -> Solution:
         """The nudged phase for a given cotangent of the read-out (for ``Centered``: +beta stacked on -beta).
@@ -204,7 +207,7 @@ class Equilibrium(nn.Module):
             record: keep the trace.
         """
         with torch.no_grad():
-            bindings = detached(self.dynamics.bind(x))
+            bindings = detached(self._bind(x))
             free = self.free_phase(bindings)
             v = {self.readout[0]: cotangent} if isinstance(cotangent, Tensor) else cotangent
             phase = FreePhase(self.dynamics, bindings, self._solver, free.state, free.h)
@@ -216,7 +219,7 @@ class Equilibrium(nn.Module):
     def radius(self, x: Any, iterations: int = 60) -> float:
         """Mean over the batch of the relaxation Jacobian's spectral radius at equilibrium (below 1: it contracts)."""
         with torch.no_grad():
-            bindings = detached(self.dynamics.bind(x))
+            bindings = detached(self._bind(x))
             solution = self.free_phase(bindings)
             return float(relaxation_radius(self.dynamics, bindings, solution.state, iterations).mean())
 

@@ -56,18 +56,19 @@ class Dynamics(nn.Module, ABC):
         assert isinstance(module, Activation)
         return module
 
-    def bind(self, x: Any) -> Bindings:
+    def bind(self, x: Any, rounded: bool = False) -> Bindings:
         """Everything that depends on the input and the weights only, with its autograd graph.
 
         Args:
             x: the input; a tensor with the batch first, or whatever the drives' modules accept.
+            rounded: compute the drives of an energy under autocast to bfloat16.
         """
         out = {f"node_{n}": self.activation(n).bind() for n in self.names}
-        out.update(self._bind(x))
+        out.update(self._bind(x, rounded))
         return {k: b.map(_full_precision, _full_precision) for k, b in out.items()}
 
     @abstractmethod
-    def _bind(self, x: Any) -> Bindings: ...
+    def _bind(self, x: Any, rounded: bool) -> Bindings: ...
 
     def activate(self, a: State, bindings: Bindings, only: Only = None) -> State:
         r""":math:`h = \sigma(a)` for every node."""
@@ -161,6 +162,10 @@ class Dynamics(nn.Module, ABC):
                 if bound[f"node_{n}"].shared:
                     total = total + (t.detach() * self.activation(n)(a[n].detach(), bound[f"node_{n}"])).sum()
         return list(_grad(total, flat))
+
+
+def _bfloat16(x: Any) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(x.device.type, torch.bfloat16) if isinstance(x, Tensor) else contextlib.nullcontext()
 
 
 def _grad(total: Any, flat: list[Tensor]) -> list[Tensor | None]:
@@ -265,8 +270,13 @@ class Energy(Dynamics):
             for c in blocks:
                 c.muted = False
 
-    def _bind(self, x: Any) -> Bindings:
-        return {name: c.bind(x) for name, c in self.terms()}
+    def _bind(self, x: Any, rounded: bool) -> Bindings:
+        out: Bindings = {}
+        for name, c in self.terms():
+            # not norm control and the like, which would lose what they measure
+            with _bfloat16(x) if rounded and isinstance(c, Drive) else contextlib.nullcontext():
+                out[name] = c.bind(x)
+        return out
 
     def rounded(self, bindings: Bindings) -> Bindings:
         couplings = dict(self.terms())
@@ -423,7 +433,7 @@ class VectorField(Dynamics):
         finally:
             self.muted = False
 
-    def _bind(self, x: Any) -> Bindings:
+    def _bind(self, x: Any, rounded: bool) -> Bindings:
         out = {"block": bind_block(self.block, x if self.inject else None)}
         if self.drive is not None:
             out["drive"] = Bound(batched={"drive": self.drive(x)})

@@ -73,8 +73,8 @@ class Tanh(Activation):
 
     def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
         if a.dtype == torch.float32 and a.device.type == "cpu" and not (a.requires_grad and torch.is_grad_enabled()):
-            # 2 logistic(2a) - 1: the vectorised logistic is six times as fast there; absolute error below 2e-7
-            return (a * (2 * self.gain)).sigmoid_().mul_(2).sub_(1)
+            # 1 - 2 logistic(-2a): the vectorised logistic is six times as fast there; absolute error below 2e-7
+            return torch.rsub((a * (-2 * self.gain)).sigmoid_(), 1, alpha=2)
         return (a if self.gain == 1 else self.gain * a).tanh()
 
     def potential(self, a: Tensor, bound: Bound | None = None) -> Tensor:

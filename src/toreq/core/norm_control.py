@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from toreq.core.operators import Operator
+from toreq.core.operators import Dense, Operator
 from toreq.errors import ConfigError
 
 _DIRECTIONS = 8
@@ -46,6 +46,7 @@ class NormControl(nn.Module):
         iterations: subspace iterations per training step.
     """
 
+    symmetrises = True
     basis: Tensor
     vector: Tensor
 
@@ -67,14 +68,21 @@ class NormControl(nn.Module):
 
     def _iterate(self, t: dict[str, Tensor], times: int) -> None:
         op, v = self._operator[0], self.basis
+        if isinstance(op, Dense | _Matrix) and t[self.name].shape[0] <= 2 * _DIRECTIONS:
+            # few rows: their Gram matrix is small, and its eigenvectors are exact and cheaper
+            weight = t[self.name]
+            _, mixing = torch.linalg.eigh(weight @ weight.T)
+            best = mixing[:, -1] @ weight
+            self.vector.copy_((best / best.norm().clamp_min(torch.finfo(best.dtype).tiny)).reshape(self.vector.shape))
+            return
         for _ in range(times):
-            z = op.adjoint(op.forward(v, t), t).flatten(1)
-            v = torch.linalg.qr(z.T)[0].T.reshape(self.basis.shape).contiguous()
-        # the best direction inside the subspace (Rayleigh-Ritz)
-        image = op.forward(v, t).flatten(1)
-        _, mixing = torch.linalg.eigh(image @ image.T)
+            image = op.forward(v, t)
+            # the best direction inside the present subspace (Rayleigh-Ritz), then the subspace's next image
+            flat = image.flatten(1)
+            _, mixing = torch.linalg.eigh(flat @ flat.T)
+            self.vector.copy_((mixing[:, -1] @ v.flatten(1)).reshape(self.vector.shape))
+            v = torch.linalg.qr(op.adjoint(image, t).flatten(1).T)[0].T.reshape(self.basis.shape).contiguous()
         self.basis.copy_(v)
-        self.vector.copy_((mixing[:, -1] @ v.flatten(1)).reshape(self.vector.shape))
 
     def forward(self, weight: Tensor) -> Tensor:
         t = self._tensors(weight)
@@ -82,7 +90,7 @@ class NormControl(nn.Module):
             with torch.no_grad():
                 self._iterate({k: v.detach() for k, v in t.items()}, self.iterations)
         sigma = self._operator[0].forward(self.vector.clone(), t).norm()
-        return weight * (self.bound / sigma.clamp_min(self.bound))
+        return t[self.name] * (self.bound / sigma.clamp_min(self.bound))
 
 
 def control_norm(module: nn.Module, bound: float, name: str = "weight", iterations: int = 1) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,13 @@ class Operator(Picklable, ABC):
     def symmetrised(self, weight: Tensor) -> Tensor:
         """The weight as :meth:`tensors` would give it."""
         return weight
+
+    def _effective(self, name: str) -> Tensor:
+        weight = getattr(self, name)
+        chain = getattr(self, "parametrizations", {})
+        # norm control returns the symmetrised weight already; doing it twice costs as much as a relaxation step
+        done = name in chain and getattr(chain[name][-1], "symmetrises", False)
+        return weight if done else self.symmetrised(weight)
 
     def rounded(self, t: Tensors) -> Tensors:
         """``t`` with the weights in bfloat16 if this operator can multiply by these; what goes in and out keeps
@@ -141,13 +149,14 @@ class Dense(Operator):
         self.weight = nn.Parameter(torch.randn(n_out, n_in, generator=generator) * std)
 
     def tensors(self) -> Tensors:
-        return {"weight": self.symmetrised(self.weight)}
+        return {"weight": self._effective("weight")}
 
     def symmetrised(self, weight: Tensor) -> Tensor:
-        return (weight + weight.T) / 2 if self.symmetric else weight
+        return _Symmetric.apply(weight) if self.symmetric else weight
 
     def rounded(self, t: Tensors) -> Tensors:
-        return {**t, "weight": t["weight"].bfloat16()}
+        # a thin matrix is done sooner than its states are cast
+        return t if min(t["weight"].shape) < 64 else {**t, "weight": t["weight"].bfloat16()}
 
     def _t(self, t: Tensors | None) -> Tensor:
         return (self.tensors() if t is None else t)["weight"]
@@ -255,7 +264,7 @@ class Conv(Operator):
         self.weight = nn.Parameter(torch.randn(out_channels, channels, kernel, kernel, generator=generator) * std)
 
     def tensors(self) -> Tensors:
-        return {"weight": self.symmetrised(self.weight)}
+        return {"weight": self._effective("weight")}
 
     def symmetrised(self, weight: Tensor) -> Tensor:
         return (weight + weight.transpose(0, 1).flip(-1, -2)) / 2 if self.symmetric else weight
@@ -362,7 +371,7 @@ class Circulant(Operator):
         self.kernel = nn.Parameter(torch.randn(features, generator=generator) * std)
 
     def tensors(self) -> Tensors:
-        return {"kernel": self.symmetrised(self.kernel)}
+        return {"kernel": self._effective("kernel")}
 
     def symmetrised(self, weight: Tensor) -> Tensor:
         return (weight + weight.flip(0).roll(1)) / 2 if self.symmetric else weight
@@ -381,6 +390,19 @@ class Circulant(Operator):
 
     def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
         return self._convolve(w, t, conjugate=True)
+
+
+class _Symmetric(torch.autograd.Function):
+    """The symmetric part of a matrix; the projection is its own adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        # a contiguous transpose first: adding a strided one is three times as slow
+        return torch.lerp(weight, weight.T.contiguous(), 0.5)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Symmetric.apply(grads[0])
 
 
 def _like(u: Tensor, weight: Tensor) -> Tensor:

@@ -66,9 +66,15 @@ def repeated(bindings: Bindings, times: int) -> Bindings:
     return {name: b.map(_same, lambda t: torch.cat([t] * times)) for name, b in bindings.items()}
 
 
+def rows(t: Tensor, index: Tensor) -> Tensor:
+    """The examples ``index`` (int64, ``(b,)``) of one tensor, in its memory format."""
+    # index_select would turn channels-last into channels-first, in which convolutions are several times slower
+    return t[index] if t.dim() == 4 else t.index_select(0, index)
+
+
 def selected(bindings: Bindings, index: Tensor) -> Bindings:
     """The examples ``index`` (int64, ``(b,)``) of the batch."""
-    return {name: b.map(_same, lambda t: t.index_select(0, index)) for name, b in bindings.items()}
+    return {name: b.map(_same, lambda t: rows(t, index)) for name, b in bindings.items()}
 
 
 def cast(bindings: Bindings, dtype: torch.dtype) -> Bindings:
@@ -127,7 +133,7 @@ def stacked(*states: State) -> State:
 
 def take(state: State, index: Tensor) -> State:
     """The examples ``index`` of every node."""
-    return {k: t.index_select(0, index) for k, t in state.items()}
+    return {k: rows(t, index) for k, t in state.items()}
 
 
 def halves(state: State) -> tuple[State, State]:

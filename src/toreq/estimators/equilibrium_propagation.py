@@ -42,7 +42,7 @@ class OneSided(Contrastive):
     """
 
     name: ClassVar[str] = "onesided"
-    beta: float = 3e-4
+    beta: float = 1e-3
     tolerance: float = 1e-3
 
     def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
@@ -76,7 +76,7 @@ class Centered(Paired):
         (a1, a2), (h1, h2) = halves(pair.solution.state), halves(pair.solution.h)
         weight = 0.5 * pair.active / pair.beta
         gradients = _energy(free).contrast((a1, h1), (a2, h2), weight, free.contrasted())
-        return Estimate(gradients, pair.statistics(free.h), pair.solution)
+        return Estimate(gradients, pair.statistics(), pair.solution)
 
     def pair(self, free: FreePhase, nudge: Nudge, beta: Tensor, active: Tensor, record: bool) -> Solution:
         both = stacked(free.a, free.a), stacked(free.h, free.h)

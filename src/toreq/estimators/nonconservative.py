@@ -52,7 +52,7 @@ class NonConservative(Paired):
         weight = -0.5 * pair.active / pair.beta
         u, w = scaled(difference(h1, h2), weight), scaled(difference(a1, a2), weight)
         gradients = free.dynamics.field_gradient(u, w, free.a, free.h, free.bindings)
-        return Estimate(gradients, pair.statistics(free.h), pair.solution)
+        return Estimate(gradients, pair.statistics(), pair.solution)
 
     def pair(self, free: FreePhase, nudge: Nudge, beta: Tensor, active: Tensor, record: bool) -> Solution:
         a0, h0 = stacked(free.a, free.a), stacked(free.h, free.h)

@@ -20,22 +20,21 @@ class Pair:
     solution: Solution
     beta: Tensor
     asym: Tensor
+    response: Tensor
     active: Tensor
     halvings: int
 
-    def statistics(self, h0: State) -> Statistics:
+    def statistics(self) -> Statistics:
         """The pair's statistics; steps, residual and convergence are the worse of the two phases."""
         steps, residual, converged = self.solution.steps, self.solution.residual, self.solution.converged
         size = self.beta.shape[0]
-        plus, minus = halves(self.solution.h)
-        half = {n: t / 2 for n, t in difference(plus, minus).items()}
         return Statistics(
             torch.maximum(steps[:size], steps[size:]),
             torch.maximum(residual[:size], residual[size:]),
             converged[:size] & converged[size:],
             self.asym,
             self.beta,
-            relative_response(half, h0),
+            self.response,
             self.halvings,
         )
 
@@ -53,7 +52,7 @@ class Paired(Contrastive):
         v = nudge.cotangent(free.h)
         beta, active = self.betas(free, v), self.active(v)
         solution = self.pair(free, nudge, beta, active, record)
-        asym = asymmetry(solution.h, free.h)
+        asym, odd = asymmetry(solution.h, free.h)
         halvings = 0
         while halvings < self.max_halvings and nudge.constant:
             worst = (active & (asym > self.asym_limit)).nonzero().flatten()
@@ -63,22 +62,27 @@ class Paired(Contrastive):
             trial = beta[worst] / 2
             part = replace(free, bindings=selected(free.bindings, worst), a=take(free.a, worst), h=take(free.h, worst))
             again = self.pair(part, LinearNudge(take(v, worst)), trial, active[worst], False)
-            lower = asymmetry(again.h, part.h)
+            lower, change = asymmetry(again.h, part.h)
             better = lower < asym[worst]
             solution = _merged(solution, again, worst, better)
             beta = beta.index_copy(0, worst, torch.where(better, trial, beta[worst]))
             asym = asym.index_copy(0, worst, torch.where(better, lower, asym[worst]))
+            odd = odd.index_copy(0, worst, torch.where(better, change, odd[worst]))
             if not bool(better.any()):
                 break
-        return Pair(solution, beta, asym, active, halvings)
+        size = norm(free.h)
+        response = 0.5 * odd / size.clamp_min(torch.finfo(size.dtype).tiny)
+        return Pair(solution, beta, asym, response, active, halvings)
 
 
-def asymmetry(h: State, h0: State) -> Tensor:
-    r""":math:`\|h^+ + h^- - 2h^0\|/\|h^+ - h^-\|` per example of a stacked state; 0 without a response."""
+def asymmetry(h: State, h0: State) -> tuple[Tensor, Tensor]:
+    r""":math:`\|h^+ + h^- - 2h^0\|/\|h^+ - h^-\|` per example of a stacked state, 0 without a response; and
+    :math:`\|h^+ - h^-\|`."""
     plus, minus = halves(h)
-    even = norm({n: (t - h0[n]) + (minus[n] - h0[n]) for n, t in plus.items()})
-    odd = norm(difference(plus, minus))
-    return torch.where(odd > 0, even / odd.clamp_min(torch.finfo(odd.dtype).tiny), torch.zeros_like(odd))
+    # differences first: the sum of h+ and h- would lose the digits of a small response
+    up, down = difference(plus, h0), difference(minus, h0)
+    even, odd = norm({n: t + down[n] for n, t in up.items()}), norm(difference(up, down))
+    return torch.where(odd > 0, even / odd.clamp_min(torch.finfo(odd.dtype).tiny), torch.zeros_like(odd)), odd
 
 
 def relative_response(dh: State, h0: State) -> Tensor:

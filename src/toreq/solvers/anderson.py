@@ -101,8 +101,8 @@ class Anderson(Solver):
         g = f - x
         y = f if self.damping == 1 else torch.lerp(x, f, self.damping)
         new = _unflatten(self._extrapolated(g, y, carry), before, carry.last)
+        # of the eliminated nodes nothing is left: they are recomputed from the others
         residual = _unflatten(g, before, carry.last)
-        residual.update({n: field[n] - a[n] for n in carry.eliminated})
         h = {**swept, **problem.activate(new)}
         return {n: new[n] if n in new else field[n] for n in a}, {n: h[n] for n in a}, residual
 
@@ -157,6 +157,12 @@ class Anderson(Solver):
 
     def _coefficients(self, gram: Tensor, valid: Tensor | None) -> Tensor:
         k = gram.shape[1]
+        if k == 2 and valid is None:
+            # the same in closed form: many small batched solves would cost as much as a small network's field
+            first, cross, second = gram[:, 0, 0], gram[:, 0, 1], gram[:, 1, 1]
+            ridge = (self.ridge + 1e-14) * (first + second).real.clamp_min(torch.finfo(torch.float64).tiny)
+            a, b = second + ridge - cross, first + ridge - cross.conj()
+            return torch.stack([a, b], 1) / (a + b)[:, None]
         trace = gram.diagonal(dim1=1, dim2=2).real.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
         # normalised, so that the ridge is relative
         gram = gram / trace[:, None, None]

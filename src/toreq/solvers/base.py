@@ -44,7 +44,7 @@ class Solver(ABC):
     max_steps: int = 100
     tolerance: float = 3e-4
     check_every: int = 1
-    precision: Literal["full", "mixed"] = "full"
+    precision: Literal["full", "mixed", "rounded"] = "full"
     compaction: float = 0.5
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Solver(ABC):
             "an integer >= 1",
             "use for example 2",
         )
-        kinds = ("full", "mixed")
+        kinds = ("full", "mixed", "rounded")
         require(where, "precision", self.precision, self.precision in kinds, f"one of {kinds}", "choose one")
         require(where, "compaction", self.compaction, 0 <= self.compaction <= 1, "in [0, 1]", "try 0.5")
 
@@ -72,7 +72,8 @@ class Solver(ABC):
 
     @abstractmethod
     def step(self, problem: Problem, a: State, h: State, carry: Any) -> tuple[State, State, State]:
-        """One step: the next ``a``, its ``h``, and the residual, the field at the old state minus that state."""
+        """One step: the next ``a``, its ``h``, and the residual: the field at the old state minus that state, on the
+        nodes that the solver moves (not on those that it recomputes from them)."""
 
     def self_coupling(self) -> float:
         """Strength of the self-coupling that this solver adds to the equilibrium; 0 unless recurrent."""
@@ -112,11 +113,10 @@ class Solver(ABC):
             record: keep a :class:`Trace`; ``"states"`` keeps every state too.
             h: activations of the start, if they are known.
         """
-        if self.precision == "mixed" and isinstance(problem, Roundable):
-            low = problem.rounded()
-            if low is not None:
-                return self._solve_mixed(problem, low, a, measure, callback, record, h)
-        return Loop(self, problem, a, measure, h).run(callback, record)
+        low = problem.rounded() if self.precision != "full" and isinstance(problem, Roundable) else None
+        if low is not None and self.precision == "mixed":
+            return self._solve_mixed(problem, low, a, measure, callback, record, h)
+        return Loop(self, low or problem, a, measure, h).run(callback, record)
 
     def _solve_mixed(
         self,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from toreq.core.state import State, per_example, take
+from toreq.core.state import State, per_example, rows, take
 from toreq.solvers.problem import Measure, Problem, Reducible, reduced
 from toreq.solvers.solution import Solution, Step, Trace
 
@@ -46,8 +47,9 @@ class Loop:
         self.settled = 0
         self.steps = torch.zeros(size, dtype=torch.int64, device=device)
         self.residual = torch.full((size,), torch.inf, dtype=first.abs().dtype, device=device)
-        self.kept: tuple[State, State] = (a, self.h)
-        self.full: tuple[State, State, Tensor, Tensor, Tensor] | None = None
+        self.kept: tuple[State, State] = (a, self.h)  # of the examples that are done; anything for the others
+        # of the full batch: what left it, in the order of leaving
+        self.parts: list[_Part] = []
 
     def run(self, callback: Callable[[Step], None] | None, record: bool | str) -> Solution:
         """Step until every example has settled or overflowed, or the steps are used up."""
@@ -61,7 +63,7 @@ class Loop:
             if not (check or watched):
                 continue
             with torch.no_grad():
-                ratio = self.measure(residual, old)
+                ratio = self.measure(residual, {n: old[n] for n in residual})
             if record:
                 energy = self.problem.energy(old, old_h)
                 log.append((ratio, energy, dict(old) if record == "states" else None))
@@ -82,28 +84,25 @@ class Loop:
         self.settled, finite = (int(v) for v in torch.stack([settled.sum(), torch.isfinite(ratio).sum()]).tolist())
         size = ratio.shape[0]
         last = t == solver.max_steps
-        if self.settled == 0 and not last and finite == size:
+        if self.settled == before and not last and finite == size:
             return False
+        self.residual = torch.where(self.done, self.residual, ratio) if before else ratio
+        self.steps = self.steps.where(self.done, t) if before else torch.full_like(self.steps, t)
         new = (self.a, self.h)
-        # what an example that settles now keeps; those settled earlier keep what they had
-        kept = solver.checked(self.carry, old, new) if solver.extrapolates() else new
-        if before:
-            self.residual, self.steps = torch.where(self.done, self.residual, ratio), self.steps.where(self.done, t)
-            self.kept = _where(self.done, self.kept, kept)
-        else:
-            self.residual, self.steps, self.kept = ratio, torch.full_like(self.steps, t), kept
+        if self.settled > before:
+            kept = solver.checked(self.carry, old, new) if solver.extrapolates() else new
+            self.kept = _where(self.done, self.kept, kept) if before else kept
         self.done = settled
         ends = last or self.settled == size
         if not ends and finite < size:
             # an example that overflowed cannot settle any more, but must not stop the others
             ends = bool((self.done | ~torch.isfinite(ratio)).all())
-        if ends and self.settled < size and solver.extrapolates():
-            self.kept = _where(self.done, self.kept, new)
+        if ends and self.settled < size:
+            self.kept = _where(self.done, self.kept, new) if self.settled else new
         return ends
 
     def _compact(self) -> None:
-        size = self.done.shape[0]
-        share = self.solver.compaction
+        size, share = self.done.shape[0], self.solver.compaction
         if share == 0 or self.settled < max(1, share * size) or not isinstance(self.problem, Reducible):
             return
         if sum(t.numel() for t in self.a.values()) < WORTH_COMPACTING:
@@ -112,34 +111,62 @@ class Loop:
         problem = self.problem.selected(moving)
         if problem is None:
             return
-        self._store()
+        self._leave(self.done.nonzero().flatten())
         self.rows = moving if self.rows is None else self.rows[moving]
         self.problem, self.measure = problem, reduced(self.measure, moving)
         self.carry = self.solver.select(self.carry, moving)
         self.a, self.h = take(self.a, moving), take(self.h, moving)
-        self.kept = (self.a, self.h)
         self.done, self.residual, self.steps = self.done[moving], self.residual[moving], self.steps[moving]
         self.settled = 0
 
-    def _store(self) -> None:
-        """Write the working batch into the full one."""
-        state, h = self.kept
-        if self.full is None or self.rows is None:
-            copies = ({n: t.clone() for n, t in part.items()} for part in (state, h))
-            self.full = (*copies, self.steps.clone(), self.residual.clone(), self.done.clone())  # type: ignore[assignment]
+    def _leave(self, index: Tensor | None) -> None:
+        """Put aside these examples of the working batch (None: all)."""
+        figures = (self.steps, self.residual, self.done)
+        if index is None:
+            self.parts.append(_Part(self.rows, *self.kept, *figures))
             return
-        full_state, full_h, steps, residual, done = self.full
-        for whole, part in ((full_state, state), (full_h, h)):
-            for n, t in part.items():
-                whole[n].index_copy_(0, self.rows, t)
-        for whole, part in ((steps, self.steps), (residual, self.residual), (done, self.done)):
-            whole.index_copy_(0, self.rows, part)
+        where = index if self.rows is None else self.rows[index]
+        state, h = take(self.kept[0], index), take(self.kept[1], index)
+        self.parts.append(_Part(where, state, h, *(t[index] for t in figures)))
 
     def _solution(self, trace: Trace | None) -> Solution:
-        if self.full is None:
+        if self.rows is None:
             return Solution(*self.kept, self.steps, self.residual, self.done, trace)
-        self._store()
-        return Solution(*self.full, trace)
+        self._leave(None)
+        order = torch.cat([p.rows for p in self.parts if p.rows is not None])
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.shape[0], device=order.device)
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            return rows(torch.cat(parts), back)
+
+        return Solution(
+            {n: joined([p.state[n] for p in self.parts]) for n in self.a},
+            {n: joined([p.h[n] for p in self.parts]) for n in self.a},
+            joined([p.steps for p in self.parts]),
+            joined([p.residual for p in self.parts]),
+            joined([p.converged for p in self.parts]),
+            trace,
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Examples that left the batch together, with their rows in the full batch."""
+
+    rows: Tensor | None
+    state: State
+    h: State
+    steps: Tensor
+    residual: Tensor
+    converged: Tensor
+
+
+def _where(done: Tensor, a: tuple[State, State], b: tuple[State, State]) -> tuple[State, State]:
+    first, second = (
+        {n: torch.where(per_example(done, x), x, new[n]) for n, x in old.items()} for old, new in zip(a, b, strict=True)
+    )
+    return first, second
 
 
 def _trace(log: list[tuple[Tensor, Tensor | None, State | None]]) -> Trace | None:
@@ -149,10 +176,3 @@ def _trace(log: list[tuple[Tensor, Tensor | None, State | None]]) -> Trace | Non
     states = [s for _, _, s in log if s is not None]
     residual = torch.stack([r for r, _, _ in log])
     return Trace(residual, torch.stack(energies) if energies else None, states or None)
-
-
-def _where(done: Tensor, a: tuple[State, State], b: tuple[State, State]) -> tuple[State, State]:
-    first, second = (
-        {n: torch.where(per_example(done, x), x, new[n]) for n, x in old.items()} for old, new in zip(a, b, strict=True)
-    )
-    return first, second

@@ -100,7 +100,7 @@ class Relaxation:
             if all(t is h0[n] for n, t in h.items()):  # nothing has moved yet: no product needed
                 f = {n: t for n, t in self.static.items() if only is None or n in only}
             else:
-                f = self._evaluate({n: t - h0[n] for n, t in h.items()}, only)
+                f = self._evaluate(_Moved(h, h0), only)
         else:
             f = self._evaluate(h, only)
         if self.extra is not None:
@@ -160,6 +160,18 @@ class Relaxation:
             return self
         # f holds the forces already
         return Relaxation(self.dynamics, self.bindings, None, self.extra, self.as_map, (f, h), coarse=True)
+
+
+class _Moved(dict[str, Tensor]):
+    """``h - h0``, node by node, formed for the nodes that are read."""
+
+    def __init__(self, h: State, h0: State) -> None:
+        super().__init__()
+        self.h, self.h0 = h, h0
+
+    def __missing__(self, name: str) -> Tensor:
+        out = self[name] = self.h[name] - self.h0[name]
+        return out
 
 
 Measure = Callable[[State, State], Tensor]
