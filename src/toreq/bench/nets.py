@@ -12,35 +12,12 @@ from torch import nn
 from toreq import systems
 from toreq.bench.references import AutogradEP, DEQTrainer, LayeredNet, ModuleTrainer, RedBlackEP, Trainer, conv, mlp
 from toreq.errors import ConfigError, nearest
-from toreq.estimators import Centered, Estimator, Unrolled
+from toreq.estimators import Unrolled
 from toreq.layer import equilibria
-from toreq.solvers import Anderson, Solver
 from toreq.systems import System
 
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a toreq side settles and learns."""
-
-    solver: Solver
-    estimator: Estimator
-
-
-TOREQ: dict[str, dict[str, Settings]] = {
-    # fast: the loosest settings at which the gradient still has cosine >= 0.99 with the implicit one
-    "toreq": {
-        "mlp": Settings(solver=Anderson(tolerance=3e-3), estimator=Centered()),
-        "lateral": Settings(solver=Anderson(tolerance=3e-3), estimator=Centered()),
-        "conv": Settings(solver=Anderson(tolerance=3e-3), estimator=Centered()),
-    },
-    # exact: as shipped, cosine >= 0.999
-    "toreq-exact": {
-        "mlp": Settings(solver=Anderson(), estimator=Centered()),
-        "lateral": Settings(solver=Anderson(), estimator=Centered()),
-        "conv": Settings(solver=Anderson(), estimator=Centered()),
-    },
-}
-"""Side -> net -> settings of the sides that are toreq's own."""
+TOREQ = {"toreq": "fast", "toreq-exact": "exact"}
+"""Side -> settings of the sides that are toreq's own, see :func:`toreq.systems.create`."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "mlp": {"arch": "hopfield", "output": "node", "nonlinearity": "hard_sigmoid"},
@@ -134,10 +111,9 @@ def build(
 def settings(net: str, side: str) -> str:
     """What distinguishes a side in words, so that curves of different settings are not taken for one another."""
     parts = [f"Adam {LEARNING_RATE[net]:g}"]
-    if side in TOREQ:
-        parts.append(f"{TOREQ[side][net].solver}, {TOREQ[side][net].estimator}")
-    elif side == "unrolled":
-        parts.append(f"{Unrolled()} of {TOREQ['toreq'][net].solver}")
+    if side in TOREQ or side == "unrolled":
+        (layer,) = equilibria(_system(net, side, (1, 28, 28), 10, Sizes()))
+        parts.append(f"{layer.solver}, {layer.estimator}")
     elif side in STEPS.get(net, {}):
         free, nudged = STEPS[net][side]
         parts.append(f"{free} free and {nudged} nudged steps, beta {BETA:g}")
@@ -174,6 +150,7 @@ def _system(net: str, side: str, input_shape: Sequence[int], classes: int, sizes
         options |= {"channels": sizes.channels, "kernel": sizes.kernel}
     else:
         options |= {"hidden": (sizes.width,)}
-    settings = TOREQ[side if side in TOREQ else "toreq"][net]
-    estimator = Unrolled() if side == "unrolled" else settings.estimator
-    return systems.create("toreqprop", input_shape, classes, settings.solver, estimator, **options)
+    estimator = Unrolled() if side == "unrolled" else None
+    return systems.create(
+        "toreqprop", input_shape, classes, estimator=estimator, settings=TOREQ.get(side, "fast"), **options
+    )

@@ -76,13 +76,13 @@ class NormControl(nn.Module):
             self.vector.copy_((best / best.norm().clamp_min(torch.finfo(best.dtype).tiny)).reshape(self.vector.shape))
             return
         for _ in range(times):
-            image = op.forward(v, t)
-            # the best direction inside the present subspace (Rayleigh-Ritz), then the subspace's next image
-            flat = image.flatten(1)
-            _, mixing = torch.linalg.eigh(flat @ flat.T)
-            self.vector.copy_((mixing[:, -1] @ v.flatten(1)).reshape(self.vector.shape))
-            v = torch.linalg.qr(op.adjoint(image, t).flatten(1).T)[0].T.reshape(self.basis.shape).contiguous()
+            z = op.adjoint(op.forward(v, t), t).flatten(1)
+            v = torch.linalg.qr(z.T)[0].T.reshape(self.basis.shape).contiguous()
+        # the best direction inside the subspace (Rayleigh-Ritz)
+        image = op.forward(v, t).flatten(1)
+        _, mixing = torch.linalg.eigh(image @ image.T)
         self.basis.copy_(v)
+        self.vector.copy_((mixing[:, -1] @ v.flatten(1)).reshape(self.vector.shape))
 
     def forward(self, weight: Tensor) -> Tensor:
         t = self._tensors(weight)

@@ -92,7 +92,7 @@ class DeepHopfield(System):
             if own is not None:
                 control_norm(lateral, own)
             couplings.append(Lateral(lateral, "h1", gate))
-        solver = Anderson() if solver is None else solver
+        solver = Anderson(length=3) if solver is None else solver
         head = nn.Linear(widths[-1], num_classes) if output == "head" else nn.Identity()
         self.assemble(Energy(nodes, couplings), solver, estimator, head)
 
@@ -190,7 +190,7 @@ class ConvHopfield(System):
             Node(f"h{i + 1}", s, _activation(nonlinearity, g))
             for i, (s, g) in enumerate(zip(shapes, slopes, strict=True))
         ]
-        solver = Anderson() if solver is None else solver
+        solver = Anderson(length=3) if solver is None else solver
         head = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shapes[-1]), num_classes))
         self.assemble(Energy(nodes, couplings), solver, estimator, head)
         # channels-last weights make the whole relaxation channels-last, in which both directions are 2 to 3 times

@@ -172,7 +172,7 @@ class LoopedTransformer(System):
                 control_norm(lateral, share)
             couplings.append(Lateral(lateral, "tokens", gate))
         nodes = [Node("tokens", (embed.count, features), LayerNorm(features))]
-        solver = Anderson() if solver is None else solver
+        solver = Anderson(length=3) if solver is None else solver
         head = TokenHead(embed.count, features, num_classes, pool)
         self.assemble(Energy(nodes, couplings), solver, estimator, head)
 

@@ -9,6 +9,7 @@ from typing import Any
 from toreq import estimators, solvers
 from toreq.errors import ConfigError, nearest
 from toreq.estimators import Estimator
+from toreq.layer import equilibria
 from toreq.options import check_types
 from toreq.solvers import Solver
 from toreq.systems.base import System
@@ -16,6 +17,8 @@ from toreq.systems.toreqprop import ARCHITECTURES
 
 _SYSTEMS: dict[str, dict[str, type[System]]] = {"toreqprop": ARCHITECTURES}
 """System name -> architecture -> class; the first architecture is the default."""
+
+SETTINGS = ("exact", "fast")
 
 
 def names() -> list[str]:
@@ -60,6 +63,7 @@ def create(
     num_classes: int,
     solver: Solver | str | None = None,
     estimator: Estimator | str | None = None,
+    settings: str = "exact",
     **chosen: Any,
 ) -> System:
     """A freshly initialised system, an ``nn.Module`` from ``(B, *input_shape)`` to logits ``(B, num_classes)``.
@@ -72,6 +76,7 @@ def create(
         num_classes: number of classes.
         solver: overrides the shipped solver; an object, or a name of ``toreq.solvers.names()`` for its defaults.
         estimator: overrides the shipped estimator; an object, or a name of ``toreq.estimators.names()``.
+        settings: ``"exact"`` leaves both as they are, ``"fast"`` loosens them by :meth:`toreq.Equilibrium.hasten`.
         chosen: options, see :func:`options`; ``arch`` picks the architecture.
 
     Raises:
@@ -101,7 +106,14 @@ def create(
         "solver": solvers.create(solver) if isinstance(solver, str) else solver,
         "estimator": estimators.create(estimator) if isinstance(estimator, str) else estimator,
     }
+    if settings not in SETTINGS:
+        raise ConfigError(
+            f"{where}: expected settings among {SETTINGS}, got {settings!r}; {nearest(str(settings), SETTINGS)}"
+        )
     system = kind(tuple(input_shape), num_classes, **extra, **chosen)
+    if settings == "fast":
+        for layer in equilibria(system):
+            layer.hasten()
     described = {k: list(v) if isinstance(v, tuple) else v for k, v in {**legal, **chosen}.items()}
     system.config = {
         "name": name,
@@ -109,6 +121,7 @@ def create(
         "num_classes": num_classes,
         "solver": solver if isinstance(solver, str) else None,
         "estimator": estimator if isinstance(estimator, str) else None,
+        "settings": settings,
         "options": described,
     }
     return system
@@ -122,5 +135,6 @@ def from_config(config: dict[str, Any]) -> System:
         config["num_classes"],
         config.get("solver"),
         config.get("estimator"),
+        config.get("settings", "exact"),
         **config["options"],
     )

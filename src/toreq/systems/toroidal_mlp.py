@@ -71,7 +71,7 @@ class ToroidalMLP(System):
             if joint is not None:
                 control_norm(between, joint)
             couplings.append(Bilinear(between, f"h{i + 1}", f"h{i + 2}"))
-        solver = Anderson() if solver is None else solver
+        solver = Anderson(length=3) if solver is None else solver
         self.assemble(Energy(nodes, couplings), solver, estimator, nn.Linear(self.hidden[-1], num_classes))
 
     def feedforward(self) -> nn.Module:

@@ -16,14 +16,15 @@ from toreq.systems import System
 from toreq.training.config import TrainConfig
 
 PARTS = ("solver", "estimator")
+NAMED = (*PARTS, "settings")
 
 
 def build(config: TrainConfig, input_shape: Sequence[int], num_classes: int) -> System:
     """Return the system of `config`.
 
-    In `config.set`, `solver` and `estimator` name one, `solver.tolerance` (or any field of either) changes the one
-    in place, and every other key is an option of the system. The side `bp-eq` trains by the implicit gradient.
-    Raises `ConfigError` for an unknown name, with the nearest valid one.
+    In `config.set`, `solver` and `estimator` name one, `settings` is `exact` or `fast`, `solver.tolerance` (or any
+    field of either) changes the one in place, and every other key is an option of the system. The side `bp-eq` trains
+    by the implicit gradient. Raises `ConfigError` for an unknown name, with the nearest valid one.
     """
     parts: dict[str, Any] = {}
     options: dict[str, Any] = {}
@@ -34,7 +35,7 @@ def build(config: TrainConfig, input_shape: Sequence[int], num_classes: int) -> 
             if part not in PARTS:
                 raise ConfigError(f"set: expected solver.NAME or estimator.NAME, got {key!r}; {nearest(part, PARTS)}")
             fields.append((part, name, value))
-        elif key in PARTS:
+        elif key in NAMED:
             parts[key] = value
         else:
             options[key] = value
