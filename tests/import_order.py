@@ -18,6 +18,7 @@ RANK = {
     "solvers": 3,
     "estimators": 4,
     "settle": 5,
+    "starts": 5,
     "layer": 5,
     "systems": 6,
     "training": 7,

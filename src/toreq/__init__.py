@@ -2,11 +2,13 @@
 
 from toreq import core, errors, estimators, memory, solvers, systems
 from toreq.layer import Equilibrium, equilibria, wrap
+from toreq.starts import WarmStarts
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Equilibrium",
+    "WarmStarts",
     "__version__",
     "core",
     "equilibria",

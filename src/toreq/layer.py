@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from toreq.core.couplings import SelfCoupling
-from toreq.core.energy import Dynamics, Energy, VectorField
+from toreq.core.energy import Dynamics, Energy
 from toreq.core.nodes import Identity, Node
 from toreq.core.residual import Residual
 from toreq.core.spectral import relaxation_radius
 from toreq.core.state import Bindings, State, detached, leaves
+from toreq.core.vector_field import VectorField
 from toreq.errors import ConfigError, ConvergenceWarning, DivergenceError
 from toreq.estimators import Centered, Estimator, NonConservative, Predictive, Statistics, Unrolled
 from toreq.estimators.base import Cost, FreePhase, LinearNudge
 from toreq.estimators.pairs import Paired
 from toreq.settle import Last, Settle, cost_per_example, full_precision
 from toreq.solvers import Fading, FixedPoint, Relaxation, Solution, Solver, Step
+from toreq.starts import Visit
 
 
 class Equilibrium(nn.Module):
@@ -72,6 +74,7 @@ class Equilibrium(nn.Module):
                     f"Equilibrium: expected a read-out among {list(dynamics.shapes)}, got {name!r}; name a node"
                 )
         self.warn = warn
+        self.visit: Visit | None = None
         self._warned: set[str] = set()
         self.last = Last()
 
@@ -118,7 +121,7 @@ class Equilibrium(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # statistics belong to a process's latest batch; a pickled or copied layer starts without
-        return {**self.__dict__, "last": Last()}
+        return {**self.__dict__, "last": Last(), "visit": None}
 
     def extra_repr(self) -> str:
         return f"readout={list(self.readout)}, solver={self._solver}, estimator={self._estimator}"
@@ -194,9 +197,13 @@ class Equilibrium(nn.Module):
         """The free equilibrium of detached bindings; its statistics go to :attr:`last`."""
         with torch.no_grad(), full_precision(bindings):
             start = self.dynamics.initial(bindings)
+            if self.visit is not None:
+                start = self.visit.start(start)
             solution = self._solver.solve(
                 Relaxation(self.dynamics, bindings, as_map=True), start, record=record, callback=callback
             )
+            if self.visit is not None:
+                self.visit.keep(solution.state)
         self._note(solution, "free", expected=self._solver.tolerance > 0)
         return solution
 

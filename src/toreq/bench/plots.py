@@ -309,6 +309,15 @@ def _scaling(result: Row) -> Figure:
     return figure
 
 
+def _compiled(result: Row) -> Figure:
+    rows = [{**row, "net": f"{row['arch']}, {row['settings']}"} for row in result["rows"]]
+    nets = _values(rows, "net")
+    figure, axes = _panels([f"training step, {net}" for net in nets])
+    for panel, net in zip(axes, nets, strict=True):
+        _bars(panel, _of(rows, net=net), "step_median_ms", "threads", "milliseconds (logarithmic)")
+    return figure
+
+
 DRAW: dict[str, Callable[[Row], Figure]] = {
     "epoch": _epoch,
     "overhead": _overhead,
@@ -316,6 +325,7 @@ DRAW: dict[str, Callable[[Row], Figure]] = {
     "memory": _memory,
     "settling": _settling,
     "systems": _systems,
+    "compiled": _compiled,
     "scaling": _scaling,
     "time-to-accuracy": _accuracy,
 }

@@ -26,6 +26,7 @@ MODULES = {
     "memory": "memory",
     "settling": "settling",
     "systems": "systems",
+    "compiled": "compiled",
     "scaling": "scaling",
     "time-to-accuracy": "accuracy",
 }

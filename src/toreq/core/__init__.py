@@ -1,8 +1,9 @@
 """Nodes, operators, couplings and energies: what settles."""
 
 from toreq.core.attention import Attention, LinearAttention
+from toreq.core.convolution import Conv
 from toreq.core.couplings import Bilinear, Coupling, Drive, Lateral, Potential, SelfCoupling, Spring
-from toreq.core.energy import Dynamics, Energy, VectorField
+from toreq.core.energy import Dynamics, Energy
 from toreq.core.nodes import (
     Activation,
     HardSigmoid,
@@ -15,9 +16,10 @@ from toreq.core.nodes import (
     activation,
 )
 from toreq.core.norm_control import NormControl, control_norm
-from toreq.core.operators import Circulant, Conv, Dense, IdentityOperator, Operator, Resample
+from toreq.core.operators import Circulant, Dense, IdentityOperator, Operator, Resample
 from toreq.core.residual import Residual
 from toreq.core.state import Bindings, Bound, State
+from toreq.core.vector_field import VectorField
 
 __all__ = [
     "Activation",

@@ -36,7 +36,7 @@ class Unrolled(Estimator):
             solver = FixedPoint(
                 damping=getattr(solver, "damping", 1.0), tolerance=solver.tolerance, max_steps=solver.max_steps
             )
-        solver = replace(solver, precision="full", compaction=0.0)
+        solver = replace(solver, precision="full", compaction=0.0, compile=False)
         return solver if self.steps is None else replace(solver, max_steps=self.steps, tolerance=0.0)
 
     def supports(self, dynamics: Dynamics) -> Support:

@@ -14,7 +14,7 @@ from toreq.core.state import State
 from toreq.errors import ConfigError
 from toreq.options import check_types
 from toreq.solvers.loop import Loop
-from toreq.solvers.problem import Measure, Problem, Roundable, relative
+from toreq.solvers.problem import Compilable, Measure, Problem, Roundable, relative
 from toreq.solvers.solution import Solution, Step, Trace
 
 COARSE = 4e-3
@@ -35,6 +35,8 @@ class Solver(ABC):
         precision: ``"mixed"`` multiplies by couplings rounded to bfloat16, first from the start and then from a state
             at which the field has been computed in full, so that the equilibrium is the one of the unrounded
             couplings; float32 energies only (others are relaxed in full).
+        compile: run fields and activations through ``torch.compile``; pays for large states only, and the first batches
+            of every shape wait for the compiler. Settled examples then stay in the batch, whose shape is compiled.
         compaction: share of settled examples at which the others go on without them; 0 never drops any.
 
     Raises:
@@ -46,6 +48,7 @@ class Solver(ABC):
     check_every: int = 1
     precision: Literal["full", "mixed", "rounded"] = "full"
     compaction: float = 0.5
+    compile: bool = False
 
     def __post_init__(self) -> None:
         where = type(self).__name__
@@ -113,6 +116,8 @@ class Solver(ABC):
             record: keep a :class:`Trace`; ``"states"`` keeps every state too.
             h: activations of the start, if they are known.
         """
+        if self.compile and isinstance(problem, Compilable):
+            problem = problem.compiled()
         low = problem.rounded() if self.precision != "full" and isinstance(problem, Roundable) else None
         if low is not None and self.precision == "mixed":
             return self._solve_mixed(problem, low, a, measure, callback, record, h)

@@ -103,7 +103,12 @@ class Loop:
 
     def _compact(self) -> None:
         size, share = self.done.shape[0], self.solver.compaction
-        if share == 0 or self.settled < max(1, share * size) or not isinstance(self.problem, Reducible):
+        if (
+            share == 0
+            or self.solver.compile
+            or self.settled < max(1, share * size)
+            or not isinstance(self.problem, Reducible)
+        ):
             return
         if sum(t.numel() for t in self.a.values()) < WORTH_COMPACTING:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -36,6 +37,13 @@ class Reducible(Protocol):
 
 
 @runtime_checkable
+class Compilable(Protocol):
+    """A problem whose field can be compiled."""
+
+    def compiled(self) -> Problem: ...
+
+
+@runtime_checkable
 class Roundable(Protocol):
     """A problem that can be relaxed in few digits first."""
 
@@ -61,6 +69,7 @@ class Relaxation:
         as_map: relax :meth:`~toreq.core.Dynamics.map` instead of the field (free phases and linear responses).
         origin: the pair :math:`(f_0, h_0)`.
         coarse: round the couplings to bfloat16, where they can be.
+        compiled: run field and activations through ``torch.compile`` (energies of real states only).
     """
 
     def __init__(
@@ -72,9 +81,10 @@ class Relaxation:
         as_map: bool = False,
         origin: tuple[State, State] | None = None,
         coarse: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.dynamics, self.bindings, self.force, self.extra, self.as_map = dynamics, bindings, force, extra, as_map
-        self.origin, self.coarse = origin, coarse
+        self.origin, self.coarse, self.compiles = origin, coarse, compiled
         self.linear = origin is not None and isinstance(dynamics, Energy) and dynamics.linear
         self._used = dynamics.rounded(bindings) if coarse else bindings
         self._terms = dynamics.moving(self._used) if isinstance(dynamics, Energy) else None
@@ -91,6 +101,8 @@ class Relaxation:
             self.static = added(self.static, force)
 
     def activate(self, a: State, only: Only = None) -> State:
+        if self.compiles:
+            return _kernels()[1](self.dynamics, a, self.bindings, only)
         return self.dynamics.activate(a, self.bindings, only)
 
     def field(self, h: State, only: Only = None) -> State:
@@ -111,7 +123,8 @@ class Relaxation:
 
     def _evaluate(self, h: State, only: Only) -> State:
         if self._terms is not None:
-            return Energy.accumulate(self._terms, h, self.static, only)
+            accumulate = _kernels()[0] if self.compiles else Energy.accumulate
+            return accumulate(self._terms, h, self.static, only)
         evaluate = self.dynamics.map if self.as_map else self.dynamics.field
         return evaluate(h, self._used, self.static, only)
 
@@ -152,14 +165,33 @@ class Relaxation:
             return None
         if self.origin is not None and not self.linear:
             return None  # the rounding of f(h) - f(h0) would drown a small response
-        return Relaxation(self.dynamics, self.bindings, self.force, self.extra, self.as_map, self.origin, coarse=True)
+        return Relaxation(
+            self.dynamics, self.bindings, self.force, self.extra, self.as_map, self.origin, True, self.compiles
+        )
+
+    def compiled(self) -> Relaxation:
+        """The same relaxation through ``torch.compile``; as it is where there is nothing to compile."""
+        first = next(iter(self.static.values()), None)
+        if self._terms is None or first is None or first.is_complex():
+            return self
+        part = object.__new__(Relaxation)
+        part.__dict__.update(self.__dict__)
+        part.compiles = True
+        return part
 
     def around(self, f: State, h: State) -> Relaxation:
         """The same relaxation, computed from its field ``f`` at ``h``: rounding then only touches what moves on."""
         if not (isinstance(self.dynamics, Energy) and self.dynamics.linear):
             return self
         # f holds the forces already
-        return Relaxation(self.dynamics, self.bindings, None, self.extra, self.as_map, (f, h), coarse=True)
+        own = (None, self.extra, self.as_map, (f, h))
+        return Relaxation(self.dynamics, self.bindings, *own, coarse=True, compiled=self.compiles)
+
+
+@functools.cache
+def _kernels() -> tuple[Callable[..., State], Callable[..., State]]:
+    """The compiled sum of couplings and the compiled activations; torch keeps one version per network and shape."""
+    return torch.compile(Energy.accumulate, dynamic=False), torch.compile(Dynamics.activate, dynamic=False)
 
 
 class _Moved(dict[str, Tensor]):
@@ -189,7 +221,8 @@ def _ratio(r: State, scale: State) -> Tensor:
 
 
 def _share(size: Tensor, scale: Tensor) -> Tensor:
-    return size / (size + scale).clamp_min(torch.finfo(size.dtype).tiny)
+    # 0 * scale: a state that has overflowed is nan, not settled because anything is small beside it
+    return size / (size + scale).clamp_min(torch.finfo(size.dtype).tiny) + 0 * scale
 
 
 def relative(r: State, a: State) -> Tensor:
