@@ -105,15 +105,10 @@ class Conv(Operator):
         return out.to(w.dtype)
 
     def add(self, acc: Tensor | None, u: Tensor, t: Tensors) -> Tensor:
-        if acc is None or t["weight"].dtype != torch.bfloat16:
-            return super().add(acc, u, t)
-        out = F.conv2d(like(u, t["weight"]), t["weight"], stride=self.stride, padding=self.padding)
-        return acc + _average_pool(out, self.pool)
+        return _onto(acc, self.forward(u, t))
 
     def add_adjoint(self, acc: Tensor | None, w: Tensor, t: Tensors) -> Tensor:
-        if acc is None or t["weight"].dtype != torch.bfloat16:
-            return super().add_adjoint(acc, w, t)
-        return acc + self.adjoint(like(w, t["weight"]), t)
+        return _onto(acc, self.adjoint(w, t))
 
     def gradient(self, w: Tensor, u: Tensor, t: Tensors) -> Tensors:
         weight = t["weight"]
@@ -125,6 +120,13 @@ class Conv(Operator):
 
     def extra_repr(self) -> str:
         return f"{self.in_shape} -> {self.out_shape}, stride={self.stride}, pool={self.pool}"
+
+
+def _onto(acc: Tensor | None, fresh: Tensor) -> Tensor:
+    """``acc + fresh`` in the fresh tensor: its memory format is the convolution's, an expanded bias has none."""
+    if acc is None:
+        return fresh
+    return fresh.add_(acc) if acc.dtype == fresh.dtype else acc + fresh
 
 
 def _average_pool(x: Tensor, pool: int) -> Tensor:

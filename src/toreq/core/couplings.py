@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from toreq.core.nodes import log_cosh, tanh
 from toreq.core.operators import Operator
 from toreq.core.pickling import Picklable
 from toreq.core.state import Bound, State, difference, dot, mean, per_example
@@ -299,12 +300,6 @@ class Potential(Coupling):
         return grads
 
 
-def _log_cosh(z: Tensor) -> Tensor:
-    from toreq.core.nodes import log_cosh
-
-    return log_cosh(z)
-
-
 def _softplus(z: Tensor) -> Tensor:
     return torch.log1p(z.exp()) if z.is_complex() else nn.functional.softplus(z)
 
@@ -318,7 +313,7 @@ def _half_relu_squared(z: Tensor) -> Tensor:
 
 
 PHI: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "log_cosh": (_log_cosh, torch.tanh),
+    "log_cosh": (log_cosh, tanh),
     "softplus": (_softplus, _logistic),
     "relu2": (_half_relu_squared, torch.relu),
 }

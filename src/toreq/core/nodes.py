@@ -72,10 +72,7 @@ class Tanh(Activation):
         self.gain = gain
 
     def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
-        if a.dtype == torch.float32 and a.device.type == "cpu" and not (a.requires_grad and torch.is_grad_enabled()):
-            # 1 - 2 logistic(-2a): the vectorised logistic is six times as fast there; absolute error below 2e-7
-            return torch.rsub((a * (-2 * self.gain)).sigmoid_(), 1, alpha=2)
-        return (a if self.gain == 1 else self.gain * a).tanh()
+        return tanh(a, self.gain)
 
     def potential(self, a: Tensor, bound: Bound | None = None) -> Tensor:
         return log_cosh(self.gain * a).flatten(1).sum(1) / self.gain
@@ -168,6 +165,9 @@ class LayerNorm(Activation):
 
     def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
         bound = self.bind() if bound is None else bound
+        if not a.is_complex():
+            gain = bound["gain"].expand(self.features)
+            return nn.functional.layer_norm(a, (self.features,), gain, bound["bias"], self.eps)
         centred, std = self._parts(a)
         return centred * (bound["gain"] / std) + bound["bias"]
 
@@ -210,6 +210,18 @@ class Node:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "activation", activation)
+
+
+def tanh(a: Tensor, gain: float = 1.0) -> Tensor:
+    r""":math:`\tanh(g a)`; in float32 on a CPU without a graph as :math:`1 - 2\,\mathrm{logistic}(-2 g a)`.
+
+    The vectorised logistic there is six times as fast as the hyperbolic tangent; the absolute error is below 2e-7.
+    """
+    if a.dtype == torch.float32 and a.device.type == "cpu" and not (a.requires_grad and torch.is_grad_enabled()):
+        # in place: a fresh tensor of a large state costs more than the arithmetic
+        s = (a * (-2 * gain)).sigmoid_()
+        return torch.add(s.new_ones(()), s, alpha=-2, out=s)
+    return (a if gain == 1 else gain * a).tanh()
 
 
 def log_cosh(a: Tensor) -> Tensor:

@@ -105,6 +105,9 @@ def sum_squares(state: State) -> Tensor:
 
 def norm(state: State) -> Tensor:
     """Euclidean norm per example over all nodes: ``(B,)``, real."""
+    if len(state) == 1:
+        (t,) = state.values()
+        return torch.linalg.vector_norm(t, dim=tuple(range(1, t.dim())))
     return sum_squares(state).sqrt()
 
 
