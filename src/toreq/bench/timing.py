@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from toreq.heap import reuse_freed_memory
 from toreq.training.environment import environment as machine
 
 
@@ -70,11 +71,13 @@ def interleaved(sides: Mapping[str, Callable[[], object]], repetitions: int, war
 def threads(count: int) -> Iterator[None]:
     """A context with ``count`` threads and subnormal numbers flushed to zero; the thread count is put back after it.
 
+    Freed memory stays in the process, as in a training run, so that no side waits for the kernel's page clearing.
     A state that decays to subnormal numbers makes a step many times slower, on whichever side it happens. The flag
     stays set: torch cannot read it, and threads that exist already keep the one they were started with.
     """
     before = torch.get_num_threads()
     torch.set_flush_denormal(True)
+    reuse_freed_memory()
     torch.set_num_threads(count)
     try:
         yield

@@ -15,7 +15,7 @@ from toreq.core.couplings import Bilinear, Coupling, Drive, Only, Spring
 from toreq.core.nodes import Activation, Identity, Node
 from toreq.core.operators import Operator
 from toreq.core.residual import Residual
-from toreq.core.state import Bindings, Bound, State, leaves, with_leaves
+from toreq.core.state import Bindings, Bound, State, added, leaves, with_leaves
 from toreq.errors import ConfigError, nearest
 
 Terms = list[tuple[Coupling, Bound]]
@@ -316,7 +316,9 @@ class Energy(Dynamics):
         if not self.predictive:
             return self.field(h, bindings, static, only)
         blocks = [(name, c) for name, c in self.terms() if isinstance(c, Residual)]
-        return {c.node: c.prediction(h, bindings[name]) for name, c in blocks if only is None or c.node in only}
+        out = {c.node: c.prediction(h, bindings[name]) for name, c in blocks if only is None or c.node in only}
+        # there are no drives: what is static are constant forces
+        return added(out, {n: t for n, t in (static or {}).items() if n in out})
 
     def coupling(self, h: State, bindings: Bindings) -> Tensor:
         """K per example, ``(B,)``."""

@@ -120,6 +120,8 @@ class Solver(ABC):
             problem = problem.compiled()
         low = problem.rounded() if self.precision != "full" and isinstance(problem, Roundable) else None
         if low is not None and self.precision == "mixed":
+            if self.max_steps == 1:
+                return Loop(self, problem, a, measure, h).run(callback, record)
             return self._solve_mixed(problem, low, a, measure, callback, record, h)
         return Loop(self, low or problem, a, measure, h).run(callback, record)
 
@@ -138,9 +140,10 @@ class Solver(ABC):
         if getattr(problem, "linear", False):
             # measured from an origin already: the origin carries the digits
             return Loop(self, low, a, measure, h).run(callback, record)
-        first = replace(self, tolerance=max(self.tolerance, COARSE))
+        # one step at least is left for the field in full precision
+        first = replace(self, tolerance=max(self.tolerance, COARSE), max_steps=self.max_steps - 1)
         coarse = Loop(first, low, a, measure, h).run(callback, record)
-        rest = max(1, self.max_steps - int(coarse.steps.max()))
+        rest = self.max_steps - int(coarse.steps.max())
         fine = problem.around(problem.field(coarse.h), coarse.h)
         shifted = None if callback is None else _shifted(callback, int(coarse.steps.max()))
         last = Loop(replace(self, max_steps=rest), fine, coarse.state, measure, coarse.h).run(shifted, record)

@@ -183,7 +183,8 @@ class Relaxation:
         """The same relaxation, computed from its field ``f`` at ``h``: rounding then only touches what moves on."""
         if not (isinstance(self.dynamics, Energy) and self.dynamics.linear):
             return self
-        # f holds the forces already
+        # f holds the forces already: the constant ones stay in it, those that turn are added anew
+        f = f if self.extra is None else added(f, {n: -t for n, t in self.extra(h).items()})
         own = (None, self.extra, self.as_map, (f, h))
         return Relaxation(self.dynamics, self.bindings, *own, coarse=True, compiled=self.compiles)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from toreq.errors import ConfigError
+from toreq.heap import reuse_freed_memory
 from toreq.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def process_settings(config: TrainConfig) -> Iterator[None]:
-    """Set threads and determinism for a run, and flush subnormal numbers to zero (which torch cannot put back).
+    """Set threads and determinism for a run, and flush subnormal numbers to zero and keep freed memory (which
+    cannot be put back).
 
     With `deterministic` an operation without a deterministic form raises, and one thread is used unless `threads` says
     otherwise, since sums over threads depend on their number.
     """
     # A state that decays to subnormal numbers makes a step many times slower.
     torch.set_flush_denormal(True)
+    reuse_freed_memory()
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
