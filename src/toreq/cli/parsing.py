@@ -51,7 +51,7 @@ def parse_set(assignments: Sequence[str], options_of: Callable[[str | None], Map
         options[key] = literal(text)
     arch = options.get("arch")
     defaults = options_of(None if arch is None else str(arch))
-    known = [*defaults, "solver", "estimator"]
+    known = [*defaults, "solver", "estimator", "settings"]
     for key, value in options.items():
         if "." not in key and key not in known:
             raise ConfigError(f"--set: expected an option of the system, got {key!r}; {nearest(key, known)}")
