@@ -75,14 +75,15 @@ class Visit:
     def start(self, first: State) -> State:
         """What was kept for the examples seen before, ``first`` for the others."""
         store = self.starts
+        size = next(iter(first.values())).shape[0]
+        if size != self.index.shape[0]:
+            raise ConfigError(
+                f"WarmStarts: expected a batch of {self.index.shape[0]} examples, got {size}; pass one index per "
+                "example"
+            )
         if store.seen is None:
             return first
         index = self.index.to(store.seen.device)
-        size = next(iter(first.values())).shape[0]
-        if size != index.shape[0]:
-            raise ConfigError(
-                f"WarmStarts: expected a batch of {index.shape[0]} examples, got {size}; pass one index per example"
-            )
         seen = store.seen[index]
         return {n: torch.where(per_example(seen, t), store.states[n][index].to(t.dtype), t) for n, t in first.items()}
 
