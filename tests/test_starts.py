@@ -132,9 +132,9 @@ def test_no_visit_lasts_longer_than_its_context() -> None:
 def test_a_wrong_index_is_refused(index: Tensor) -> None:
     c, _ = examples("tanh_layers")
     layer = c.layer()
-    with pytest.raises(ConfigError, match=r"WarmStarts: expected int64 indices \(B,\) below 12, got .*; pass"):
-        with WarmStarts(layer, 12)(index):
-            raise AssertionError
+    refused = pytest.raises(ConfigError, match=r"WarmStarts: expected int64 indices \(B,\) below 12, got .*; pass")
+    with refused, WarmStarts(layer, 12)(index):
+        raise AssertionError
     assert layer.visit is None
 
 
