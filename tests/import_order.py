@@ -10,7 +10,7 @@ from pathlib import Path
 # Lower may not import higher; packages of one number are peers.
 RANK = {
     "errors": 0,
-    "heap": 0,
+    "hardware": 0,
     "io": 0,
     "options": 0,
     "data": 0,

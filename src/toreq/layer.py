@@ -22,6 +22,7 @@ from toreq.errors import ConfigError, ConvergenceWarning, DivergenceError
 from toreq.estimators import Centered, Estimator, NonConservative, Predictive, Statistics, Unrolled
 from toreq.estimators.base import Cost, FreePhase, LinearNudge
 from toreq.estimators.pairs import Paired
+from toreq.hardware import multiplies_bfloat16
 from toreq.settle import Last, Settle, cost_per_example, full_precision
 from toreq.solvers import Fading, FixedPoint, Relaxation, Solution, Solver, Step
 from toreq.starts import Visit
@@ -111,11 +112,13 @@ class Equilibrium(nn.Module):
     def hasten(self) -> None:
         """Loosen solver and estimator to settings that train as well in a fraction of the time.
 
-        The free phase settles to a relative residual of 1e-2 with couplings and drives rounded to bfloat16, the
-        difference of the nudged phases to 5e-2. The gradient's cosine with the exact one then still is above 0.99 in
+        The free phase settles to a relative residual of 1e-2, the difference of the nudged phases to 5e-2; couplings
+        and drives are rounded to bfloat16 where the parameters' device multiplies these natively. The gradient's cosine with the exact one then still is above 0.99 in
         the shipped systems (the performance page has the numbers; ``toreq check`` measures it for yours).
         """
-        self._solver = replace(self._solver, tolerance=max(self._solver.tolerance, 1e-2), precision="rounded")
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        precision = "rounded" if multiplies_bfloat16(device) else self._solver.precision
+        self._solver = replace(self._solver, tolerance=max(self._solver.tolerance, 1e-2), precision=precision)
         if isinstance(self._estimator, Paired):
             self._estimator = replace(self._estimator, tolerance=max(self._estimator.tolerance, 5e-2))
 

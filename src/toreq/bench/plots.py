@@ -318,6 +318,24 @@ def _compiled(result: Row) -> Figure:
     return figure
 
 
+def _profile(result: Row) -> Figure:
+    rows = result["rows"]
+    kinds = [key for key in rows[0] if key not in ("net", "side", "step_ms")]
+    figure, (axes,) = _panels(["training step by kind of operation, 1 thread"], 9.0, 5.0)
+    left = [0.0] * len(rows)
+    for i, kind in enumerate(kinds):
+        share = [100 * row[kind] / row["step_ms"] for row in rows]
+        color = PALETTE.series[i % len(PALETTE.series)]
+        axes.barh(range(len(rows)), share, 0.8, left=left, label=kind, color=color, alpha=1.0 if i < 6 else 0.55)
+        left = [a + b for a, b in zip(left, share, strict=True)]
+    axes.set_yticks(range(len(rows)), [f"{row['net']}, {row['side']} ({row['step_ms']:.3g} ms)" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the step (%)")
+    axes.grid(visible=False, axis="y")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
 DRAW: dict[str, Callable[[Row], Figure]] = {
     "epoch": _epoch,
     "overhead": _overhead,
@@ -327,6 +345,7 @@ DRAW: dict[str, Callable[[Row], Figure]] = {
     "systems": _systems,
     "compiled": _compiled,
     "scaling": _scaling,
+    "profile": _profile,
     "time-to-accuracy": _accuracy,
 }
 """Bench -> its picture."""

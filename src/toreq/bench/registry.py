@@ -28,6 +28,7 @@ MODULES = {
     "systems": "systems",
     "compiled": "compiled",
     "scaling": "scaling",
+    "profile": "profile",
     "time-to-accuracy": "accuracy",
 }
 """Name of each bench -> its module, in the order in which they run."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from toreq.heap import reuse_freed_memory
+from toreq.hardware import reuse_freed_memory
 from toreq.training.environment import environment as machine
 
 

@@ -44,7 +44,7 @@ class Systems:
                 )
         console.print(table)
         console.print(
-            "Options are given as --set key=value; `solver`, `estimator` and `settings` (exact, fast) too. For example:\n"
+            "Options are given as --set key=value; `solver`, `estimator` and `settings` (exact or fast) too, as in\n"
             "  toreq train toreqprop --set arch=conv estimator=centered",
             markup=False,
         )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toreq.core.operators import Operator, Tensors, like
+from toreq.core.operators import Operator, Tensors, like, onto
 from toreq.errors import ConfigError
 
 
@@ -88,27 +88,31 @@ class Conv(Operator):
     def _t(self, t: Tensors | None) -> Tensor:
         return (self.tensors() if t is None else t)["weight"]
 
-    def forward(self, u: Tensor, t: Tensors | None = None) -> Tensor:
+    def _convolved(self, u: Tensor, t: Tensors | None) -> Tensor:
         weight = self._t(t)
-        out = F.conv2d(like(u, weight), weight, stride=self.stride, padding=self.padding)
-        return _average_pool(out, self.pool).to(u.dtype)
+        return _average_pool(F.conv2d(like(u, weight), weight, stride=self.stride, padding=self.padding), self.pool)
 
-    def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
+    def _transposed(self, w: Tensor, t: Tensors | None) -> Tensor:
         weight = self._t(t)
-        out = F.conv_transpose2d(
+        return F.conv_transpose2d(
             _spread(like(w, weight), self.pool, self.conv_size),
             weight,
             stride=self.stride,
             padding=self.padding,
             output_padding=self.output_padding,
         )
-        return out.to(w.dtype)
+
+    def forward(self, u: Tensor, t: Tensors | None = None) -> Tensor:
+        return self._convolved(u, t).to(u.dtype)
+
+    def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
+        return self._transposed(w, t).to(w.dtype)
 
     def add(self, acc: Tensor | None, u: Tensor, t: Tensors) -> Tensor:
-        return _onto(acc, self.forward(u, t))
+        return onto(acc, self._convolved(u, t), u.dtype)
 
     def add_adjoint(self, acc: Tensor | None, w: Tensor, t: Tensors) -> Tensor:
-        return _onto(acc, self.adjoint(w, t))
+        return onto(acc, self._transposed(w, t), w.dtype)
 
     def gradient(self, w: Tensor, u: Tensor, t: Tensors) -> Tensors:
         weight = t["weight"]
@@ -120,13 +124,6 @@ class Conv(Operator):
 
     def extra_repr(self) -> str:
         return f"{self.in_shape} -> {self.out_shape}, stride={self.stride}, pool={self.pool}"
-
-
-def _onto(acc: Tensor | None, fresh: Tensor) -> Tensor:
-    """``acc + fresh`` in the fresh tensor: its memory format is the convolution's, an expanded bias has none."""
-    if acc is None:
-        return fresh
-    return fresh.add_(acc) if acc.dtype == fresh.dtype else acc + fresh
 
 
 def _average_pool(x: Tensor, pool: int) -> Tensor:

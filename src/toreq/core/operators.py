@@ -180,7 +180,7 @@ class Dense(Operator):
         if acc is None or acc.dim() != 2 or u.dim() != 2:
             return super().add(acc, u, t)
         if weight.dtype == torch.bfloat16:
-            return acc + like(u, weight) @ weight.T
+            return onto(acc, like(u, weight) @ weight.T, u.dtype)
         return torch.addmm(acc, u, weight.T)
 
     def add_adjoint(self, acc: Tensor | None, w: Tensor, t: Tensors) -> Tensor:
@@ -188,7 +188,7 @@ class Dense(Operator):
         if acc is None or acc.dim() != 2 or w.dim() != 2:
             return super().add_adjoint(acc, w, t)
         if weight.dtype == torch.bfloat16:
-            return acc + like(w, weight) @ weight
+            return onto(acc, like(w, weight) @ weight, w.dtype)
         return torch.addmm(acc, w, weight)
 
     def gradient(self, w: Tensor, u: Tensor, t: Tensors) -> Tensors:
@@ -294,3 +294,15 @@ class _Symmetric(torch.autograd.Function):
 def like(u: Tensor, weight: Tensor) -> Tensor:
     """``u`` as it is, or in bfloat16 if the weight has been rounded to that."""
     return u.to(torch.bfloat16) if weight.dtype == torch.bfloat16 else u
+
+
+def onto(acc: Tensor | None, fresh: Tensor, dtype: torch.dtype) -> Tensor:
+    """``acc + fresh`` in ``dtype``, written into the fresh tensor or its cast.
+
+    A sum of two dtypes takes several times as long as a cast and a sum; and the fresh tensor has the memory format of
+    a convolution, which an expanded bias has not.
+    """
+    fresh = fresh.to(dtype)
+    if acc is None:
+        return fresh
+    return fresh.add_(acc) if acc.dtype == dtype else acc + fresh

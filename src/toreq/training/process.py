@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from toreq.errors import ConfigError
-from toreq.heap import reuse_freed_memory
+from toreq.hardware import reuse_freed_memory
 from toreq.training.config import TrainConfig
 
 if TYPE_CHECKING:
