@@ -113,8 +113,9 @@ class Equilibrium(nn.Module):
         """Loosen solver and estimator to settings that train as well in a fraction of the time.
 
         The free phase settles to a relative residual of 1e-2, the difference of the nudged phases to 5e-2; couplings
-        and drives are rounded to bfloat16 where the parameters' device multiplies these natively. The gradient's cosine with the exact one then still is above 0.99 in
-        the shipped systems (the performance page has the numbers; ``toreq check`` measures it for yours).
+        and drives are rounded to bfloat16 where the parameters' device multiplies these natively. The gradient's cosine
+        with the exact one then still is above 0.99 in the shipped systems (the performance page has the numbers;
+        ``toreq check`` measures it for yours).
         """
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         precision = "rounded" if multiplies_bfloat16(device) else self._solver.precision
