@@ -20,7 +20,8 @@ TOREQ = {"toreq": "fast", "toreq-exact": "exact"}
 """Side -> settings of the sides that are toreq's own, see :func:`toreq.systems.create`."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "mlp": {"arch": "hopfield", "output": "node", "nonlinearity": "hard_sigmoid"},
+    # the papers' network: no norm control
+    "mlp": {"arch": "hopfield", "output": "node", "nonlinearity": "hard_sigmoid", "norm_bound": None},
     "lateral": {"arch": "mlp"},
     "conv": {"arch": "conv"},
 }
