@@ -242,7 +242,9 @@ class Contrastive(Estimator):
         times = next(iter(a.values())).shape[0] // max(active.shape[0], 1)
         steps = free.solver.max_steps if self.max_steps is None else self.max_steps
         solver = replace(free.solver, tolerance=self.tolerance, max_steps=steps)
-        return solver.solve(problem, a, only_active(measure, active.repeat(times)), record=record, h=h)
+        if not bool(active.all()):
+            measure = only_active(measure, active.repeat(times))
+        return solver.solve(problem, a, measure, record=record, h=h)
 
     @staticmethod
     def force(nudge: Nudge, h: State, signed_beta: Tensor) -> tuple[State | None, Callable[[State], State] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -81,10 +82,12 @@ class Loop:
         settled = ratio <= solver.tolerance
         if before:
             settled |= self.done
-        self.settled, finite = (int(v) for v in torch.stack([settled.sum(), torch.isfinite(ratio).sum()]).tolist())
+        # one number tells whether all are finite, in one transfer with the count
+        count, total = torch.stack([settled.sum().to(ratio.dtype), ratio.sum()]).tolist()
+        self.settled, finite = int(count), math.isfinite(total)
         size = ratio.shape[0]
         last = t == solver.max_steps
-        if self.settled == before and not last and finite == size:
+        if self.settled == before and not last and finite:
             return False
         self.residual = torch.where(self.done, self.residual, ratio) if before else ratio
         self.steps = self.steps.where(self.done, t) if before else torch.full_like(self.steps, t)
@@ -94,7 +97,7 @@ class Loop:
             self.kept = _where(self.done, self.kept, kept) if before else kept
         self.done = settled
         ends = last or self.settled == size
-        if not ends and finite < size:
+        if not ends and not finite:
             # an example that overflowed cannot settle any more, but must not stop the others
             ends = bool((self.done | ~torch.isfinite(ratio)).all())
         if ends and self.settled < size:
