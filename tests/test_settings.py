@@ -14,9 +14,11 @@ from torch import Tensor
 
 from oracles import cosine
 from toreq import Equilibrium, data, systems
+from toreq import layer as layer_module
 from toreq.core import Bilinear, Dense, Drive, Energy, Node, Tanh
 from toreq.errors import ConfigError
 from toreq.estimators import Centered, Implicit
+from toreq.hardware import multiplies_bfloat16
 from toreq.solvers import Anderson, FixedPoint, Relaxation, Solver
 from toreq.systems import System
 from toreq.training import TrainConfig
@@ -31,6 +33,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "transformer": {"features": 64, "heads": 2, "hidden": 80, "patch": 7},
 }
 EACH_ARCH = pytest.mark.parametrize("arch", SMALL)
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same settings on every machine."""
+    monkeypatch.setattr(layer_module, "multiplies_bfloat16", lambda device: True)
 
 
 def create(arch: str, settings: str = "fast") -> System:
@@ -83,6 +91,16 @@ def test_fast_loosens_what_is_shipped(arch: str) -> None:
     assert isinstance(exact.estimator, Centered)
     assert fast.estimator == replace(exact.estimator, tolerance=5e-2)
     assert exact.solver.precision == "full"
+
+
+def test_fast_rounds_only_where_bfloat16_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(layer_module, "multiplies_bfloat16", lambda device: bool(asked.append(device)))
+    layer = create("hopfield").equilibrium
+    assert (layer.solver.tolerance, layer.solver.precision) == (1e-2, "full")
+    assert asked == [torch.device("cpu")]
+    assert not multiplies_bfloat16(torch.device("meta"))
+    assert isinstance(multiplies_bfloat16(torch.device("cpu")), bool)
 
 
 def test_fast_never_tightens() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from toreq import systems
 from toreq.bench.references import ModuleTrainer, Trainer
-from toreq.bench.timing import environment, interleaved, ratio, threads
+from toreq.bench.timing import environment, interleaved, ratio
+from toreq.bench.timing import threads as at_threads
 from toreq.data import Batches, load
 
 BATCH = 128
@@ -18,7 +20,7 @@ BATCH = 128
 def run(
     archs: Sequence[str] = ("mlp", "conv", "transformer"),
     settings: Sequence[str] = ("exact", "fast"),
-    counts: Sequence[int] = (1, 2),
+    threads: Sequence[int] = (1, 2),
     repetitions: int = 15,
     warm: int = 40,
 ) -> dict[str, Any]:
@@ -27,9 +29,9 @@ def run(
     Args:
         archs: architectures of ``toreqprop``.
         settings: see :func:`toreq.systems.create`.
-        counts: numbers of threads.
+        threads: thread counts.
         repetitions: counted steps of each side.
-        warm: steps of training before the timing, in which the compiler meets the shapes.
+        warm: steps of training before the timing, in which the compiler meets the shapes; below an epoch.
     """
     data = load("mnist")
     x, y = data.split("train")
@@ -37,13 +39,13 @@ def run(
     ratios: list[dict[str, Any]] = []
     for arch in archs:
         for kind in settings:
-            stream = [b for e in range(8) for b in Batches(x, y, BATCH, seed=e, drop_last=True).epoch(0)]
+            stream = list(islice(Batches(x, y, BATCH, seed=0, drop_last=True).epoch(0), warm + 1))
             sides = {name: _trainer(arch, kind, name == "compiled") for name in ("eager", "compiled")}
             for trainer in sides.values():
                 for images, labels in stream[:warm]:
                     trainer.step(images, labels)
-            for count in counts:
-                with threads(count):
+            for count in threads:
+                with at_threads(count):
                     steps = {n: partial(t.step, *stream[warm]) for n, t in sides.items()}
                     timings = interleaved(steps, repetitions)
                 for name, timing in timings.items():
