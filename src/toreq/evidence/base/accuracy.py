@@ -1,0 +1,145 @@
+"""B2: accuracy near backprop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toreq import training
+from toreq.evidence import counting
+from toreq.evidence.base import nets
+from toreq.evidence.claim import Claim, Cost, Criterion, Outcome, Picture, Quantity, Trial
+from toreq.training import RunFolder, TrainConfig
+
+NETS = {"mlp": 98.3, "conv": 99.3, "transformer": 97.5}
+"""Architecture -> test accuracy aimed at, in percent."""
+TRAINERS = {
+    "eqprop": "Equilibrium Propagation, as shipped",
+    "bp-eq": "the implicit gradient of the same network",
+    "bp-ff": "backprop of the feed-forward twin of the same widths",
+}
+SEED_LOW = 92.0
+GAP_EQ, GAP_FF = 0.2, 0.4
+
+
+def run(trial: Trial) -> Outcome:
+    """Train one network in one way; an interrupted run goes on at its last checkpoint."""
+    arch, trainer = trial.side.split()
+    summary, path, notes = _train(_config(trial, arch, trainer), trial.scratch / "run")
+    metrics = {
+        "accuracy": Quantity(100 * summary["test_accuracy"], "%"),
+        "accuracy, couplings off": _percent(summary["couplings_off_accuracy"]),
+        "radius": Quantity(summary["radius"], ""),
+        "relaxations settled": _percent(summary["converged_fraction"]),
+        "seconds per epoch": Quantity(summary["seconds_per_epoch"], "s"),
+    }
+    epochs = [line for line in RunFolder(path).metrics() if line["kind"] == "epoch"]
+    curve: list[tuple[float, float | None]] = [(float(e["epoch"]), 100 * e["test_accuracy"]) for e in epochs]
+    samples = summary["train_examples"] * summary["epochs"]
+    cost = Cost(summary["parameters"], _flops(path) * samples, samples)
+    return Outcome(metrics, {arch: curve}, cost, notes)
+
+
+def _percent(share: float | None) -> Quantity:
+    return Quantity(None if share is None else 100 * share, "%")
+
+
+def _config(trial: Trial, arch: str, trainer: str) -> TrainConfig:
+    options: dict[str, Any] = {"arch": arch}
+    sizes: dict[str, Any] = {}
+    if trial.budget.name == "smoke":
+        options |= nets.SMALL[arch]
+        sizes = {"limit_train": 32, "limit_test": 20, "epochs": 1, "batch_size": 16}
+    elif trial.budget.name == "quick":
+        sizes = {"limit_train": 4000, "limit_test": 2000, "epochs": 2}
+    out = str(trial.scratch / "run")
+    # every side of a network has the same data, epochs, order and optimizer
+    return training.config_for(
+        "toreqprop", options, seed=trial.seed, side=trainer, device=trial.device, out=out, **sizes
+    )
+
+
+def _train(config: TrainConfig, path: Path) -> tuple[dict[str, Any], Path, tuple[str, ...]]:
+    if RunFolder(path).checkpoint.exists():
+        return training.resume(path), path, ("continued from a checkpoint",)
+    return training.train(config, overwrite=True), path, ()
+
+
+def _flops(path: Path) -> float:
+    """Operations per training sample, of a step of the trained network."""
+    found = training.load_run(path)
+    batch = 8
+    data = nets.mnist(batch, 1)
+    x, y = data.inputs("train", slice(None)), data.train_y
+    model = found.model.cpu()
+
+    def step() -> None:
+        with torch.enable_grad():
+            found.net.criterion(model(x), y).backward()
+
+    return counting.flops(step) / batch
+
+
+def _criteria() -> tuple[Criterion, ...]:
+    found: list[Criterion] = []
+    for arch, aim in NETS.items():
+        own, same, forward = f"{arch} eqprop", f"{arch} bp-eq", f"{arch} bp-ff"
+        found += [
+            Criterion(
+                f"{arch}: accuracy",
+                "accuracy",
+                "%",
+                "at_least",
+                own,
+                target=SEED_LOW,
+                words="MNIST 92-97.5",
+                aim=aim,
+                beside=(same, forward),
+            ),
+            Criterion(
+                f"{arch}: above BP-eq by",
+                "accuracy",
+                "points",
+                "at_least",
+                own,
+                words="near BP",
+                aim=-GAP_EQ,
+                versus=(same,),
+            ),
+            Criterion(
+                f"{arch}: above BP-ff by",
+                "accuracy",
+                "points",
+                "at_least",
+                own,
+                words="near BP",
+                aim=-GAP_FF,
+                versus=(forward,),
+            ),
+        ]
+    return tuple(found)
+
+
+CLAIM = Claim(
+    id="B2",
+    system="toreqprop",
+    seed_file=nets.SEED_FILE,
+    sentence="Accuracy is near that of backprop.",
+    criteria=_criteria(),
+    protocol="""
+    MNIST test accuracy after the recipe of each architecture (its epochs, Adam, rate, schedule and batch), the same for
+    all sides, three seeds: the whole training set in a full run, 4,000 images for two epochs in a quick one. The
+    differences from backprop are paired by seed. The accuracy with the couplings set to zero after training and the
+    radius of the trained relaxation are printed. The seed's range is judged by its lower end.
+    """,
+    sides={f"{arch} {name}": what for arch in NETS for name, what in TRAINERS.items()},
+    run=run,
+    picture=Picture(
+        "MNIST test accuracy after training",
+        x_label="test accuracy (%)",
+        metrics=("accuracy", "accuracy, couplings off"),
+    ),
+    printed=("accuracy, couplings off", "radius"),
+)
