@@ -42,6 +42,11 @@ SUITE = (
     "test_bad_input",
     "test_wrap",
     "test_norm_control",
+    "test_engine",
+    "test_compaction",
+    "test_rounding",
+    "test_starts",
+    "test_settings",
 )
 
 
@@ -67,6 +72,9 @@ def _d(name: str, file: str, old: str, new: str, *first: str) -> Defect:
 _EP = "estimators/equilibrium_propagation.py"
 _COUPLINGS = "core/couplings.py"
 _BASE = "solvers/base.py"
+_LOOP = "solvers/loop.py"
+_PROBLEM = "solvers/problem.py"
+_ANDERSON = "solvers/anderson.py"
 
 DEFECTS: tuple[Defect, ...] = (
     # the contrast
@@ -83,10 +91,10 @@ DEFECTS: tuple[Defect, ...] = (
     _d("implicit: missing sigma'", "estimators/implicit.py", "return self.free.dynamics.derivative(self.free.a, self.free.h, wanted, self.free.bindings)", "return wanted", "test_estimators"),
     _d("implicit: Jacobian instead of its transpose", "estimators/implicit.py", "self.transpose, _ = field_products(free.dynamics, free.h, free.bindings)", "_, self.transpose = field_products(free.dynamics, free.h, free.bindings, both=True)", "test_estimators"),
     _d("beta: one for the whole batch", "estimators/base.py", "beta = self.beta * norm(free.h) / direct", "beta = (self.beta * norm(free.h) / direct).mean().expand_as(direct)", "test_nudges"),
-    _d("nudged phase: tolerance relative to the state", _BASE, "ratio = _ratio(difference(r1, r2), difference(a1, a2))", "ratio = _ratio(difference(r1, r2), a1)", "test_estimators"),
-    _d("asymmetry: odd part instead of even", "estimators/pairs.py", "(t - h0[n]) + (minus[n] - h0[n])", "(t - h0[n]) - (minus[n] - h0[n])", "test_nudges"),
+    _d("nudged phase: tolerance relative to the state", _PROBLEM, "ratio = _ratio(difference(r1, r2), difference(a1, a2))", "ratio = _ratio(difference(r1, r2), a1)", "test_estimators"),
+    _d("asymmetry: odd part instead of even", "estimators/pairs.py", "norm({n: t + down[n] for n", "norm({n: t - down[n] for n", "test_nudges"),
     _d("halving: examples mixed up", "estimators/pairs.py", "again = self.pair(part, LinearNudge(take(v, worst))", "again = self.pair(part, LinearNudge(take(v, worst.flip(0)))", "test_nudges"),
-    _d("halving: bindings of other examples", "core/state.py", "lambda t: t.index_select(0, index)) for name, b", "lambda t: t[: len(index)]) for name, b", "test_nudges"),
+    _d("halving: bindings of other examples", "core/state.py", "lambda t: rows(t, index)) for name, b", "lambda t: t[: len(index)]) for name, b", "test_compaction"),
     # the layer
     _d("layer: cotangent of the second read-out ignored", "settle.py", "zip(layer.readout, cotangents, strict=True) if c is not None", "zip(layer.readout[:1], cotangents[:1], strict=True) if c is not None", "test_layer"),
     _d("layer: cost gradient not divided by the batch", "settle.py", "factor = cotangents[0] / size if", "factor = cotangents[0] if", "test_nudges"),
@@ -96,12 +104,12 @@ DEFECTS: tuple[Defect, ...] = (
     # solvers and memory
     _d("fixed point: damping the wrong way round", "solvers/fixed_point.py", "torch.lerp(a, f, self.damping)", "torch.lerp(f, a, self.damping)", "test_solvers"),
     _d("gauss-seidel: reads stale nodes", "solvers/fixed_point.py", "h.update(problem.activate({n: a[n] for n in colour}))", "pass\n        h = problem.activate(a)", "test_solvers"),
-    _d("frozen examples: batch mix-up", _BASE, "torch.where(per_example(done, x), x, new[n])", "torch.where(per_example(done.flip(0), x), x, new[n])", "test_solvers"),
-    _d("frozen examples: not frozen", _BASE, "if any_done else (kept, kept_h)", "if False else (kept, kept_h)", "test_solvers"),
-    _d("convergence: decided by the batch", _BASE, "done = done | (ratio <= self.tolerance)", "done = done | (ratio <= self.tolerance).any()", "test_solvers"),
-    _d("anderson: wrong normalisation", "solvers/anderson.py", "(c / c.sum(1, keepdim=True))", "(c / c.abs().sum(1, keepdim=True))", "test_anderson"),
-    _d("anderson: ring off by one", "solvers/anderson.py", "(i + 1) % self.length, min", "(i + 1) % (self.length - 1), min", "test_anderson"),
-    _d("anderson: safeguard keeps the history", "solvers/anderson.py", "carry.valid = carry.valid & ~grown[:, None]", "carry.valid = carry.valid.clone()", "test_anderson"),
+    _d("frozen examples: batch mix-up", _LOOP, "torch.where(per_example(done, x), x, new[n])", "torch.where(per_example(done.flip(0), x), x, new[n])", "test_solvers"),
+    _d("frozen examples: not frozen", _LOOP, "self.kept = _where(self.done, self.kept, kept) if before else kept", "self.kept = kept", "test_solvers"),
+    _d("convergence: decided by the batch", _LOOP, "settled = ratio <= solver.tolerance", "settled = (ratio <= solver.tolerance).any().expand_as(ratio).clone()", "test_solvers"),
+    _d("anderson: wrong normalisation", _ANDERSON, "return c / c.sum(1, keepdim=True)", "return c / c.abs().sum(1, keepdim=True)", "test_anderson"),
+    _d("anderson: ring off by one", _ANDERSON, "carry.head = (i + 1) % self.length", "carry.head = (i + 1) % (self.length - 1)", "test_anderson"),
+    _d("anderson: safeguard keeps the history", _ANDERSON, "carry.valid = valid & ~grown[:, None]", "carry.valid = valid.clone()", "test_anderson"),
     _d("ring: off by one", "memory/ring.py", "(self._head - age) % self.length", "(self._head - age - 1) % self.length", "test_ring"),
     _d("ring: fading sum keeps the oldest", "memory/ring.py", "self._last * oldest", "0 * oldest", "test_ring"),
     # energies, couplings, operators, nodes
@@ -116,15 +124,45 @@ DEFECTS: tuple[Defect, ...] = (
     _d("residual: part through the Jacobian missing", "core/residual.py", "{self.node: out + g}", "{self.node: out}", "test_couplings"),
     _d("layer norm: gain and bias not learnt", "core/energy.py", "if not bound.shared:\n            return {}", "if True:\n            return {}", "test_energy"),
     _d("layer norm: direct part of the adjoint gradient dropped", "core/energy.py", "total = total + (t.detach() *", "total = total + 0 * (t.detach() *", "test_estimators"),
-    _d("dense: symmetric weight not symmetrised", "core/operators.py", "return (weight + weight.T) / 2 if self.symmetric else weight", "return weight", "test_operators"),
-    _d("conv: adjoint without padding", "core/operators.py", "padding=self.padding,\n            output_padding=self.output_padding", "padding=0,\n            output_padding=0", "test_operators"),
-    _d("conv: adjoint of the pooling too large", "core/operators.py", "w = (w / pool**2)", "w = (w / pool)", "test_operators"),
+    _d("dense: symmetric weight not symmetrised", "core/operators.py", "return _Symmetric.apply(weight) if self.symmetric else weight", "return weight", "test_operators"),
+    _d("conv: adjoint without padding", "core/convolution.py", "padding=self.padding,\n            output_padding=self.output_padding", "padding=0,\n            output_padding=0", "test_operators"),
+    _d("conv: adjoint of the pooling too large", "core/convolution.py", "w = (w / pool**2)", "w = (w / pool)", "test_operators"),
     _d("circulant: adjoint is the operator itself", "core/operators.py", "return self._convolve(w, t, conjugate=True)", "return self._convolve(w, t, conjugate=False)", "test_operators"),
     _d("tanh: wrong derivative", "core/nodes.py", "w = w * (1 - h * h)", "w = w * (1 - h.abs())", "test_nodes"),
     _d("softmax: derivative without its rank-one part", "core/nodes.py", "return h * (w - (h * w).sum(-1, keepdim=True))", "return h * w", "test_nodes"),
     _d("hard sigmoid: wrong potential", "core/nodes.py", "return (h * (a - 0.5 * h))", "return (h * (a - h))", "test_nodes"),
     _d("radius: sigma' missing", "core/spectral.py", "v = dynamics.derivative(a, h, transpose(v), bindings)", "v = transpose(v)", "test_energy"),
     _d("norm control: small weights blown up", "core/norm_control.py", "self.bound / sigma.clamp_min(self.bound)", "self.bound / sigma", "test_norm_control"),
+    # the engine: origins, few digits, compaction
+    _d("origin: centered phases without one", _EP, "force, extra, origin=both)", "force, extra)", "test_engine.py::test_nudged_phases_measure_the_response_only"),
+    _d("origin: one-sided phase without one", _EP, "force, extra, origin=(free.a, free.h))", "force, extra)", "test_engine"),
+    _d("origin: not shifted where the field is not linear", _PROBLEM, "self.static = added(self.static, difference(origin[0], self._evaluate(origin[1], None)))", "pass", "test_engine"),
+    _d("origin: whole states are multiplied", _PROBLEM, "self[name] = self.h[name] - self.h0[name]", "self[name] = self.h[name]", "test_engine"),
+    _d("origin: lost where a map takes the place of the field", "core/energy.py", "return added(out, {n: t for n, t in (static or {}).items() if n in out})", "return out", "test_engine"),
+    _d("mixed: forces that turn are counted twice", _PROBLEM, "added(f, {n: -t for n, t in self.extra(h).items()})", "f", "test_engine"),
+    _d("mixed: the finish keeps rounded couplings", _BASE, "fine = problem.around(problem.field(coarse.h), coarse.h)", "fine = low", "test_engine"),
+    _d("mixed: steps of the first part not counted", _BASE, "steps=coarse.steps + last.steps", "steps=last.steps", "test_engine"),
+    _d("mixed: contrast rounded where the field is not linear", "estimators/base.py", 'precision == "full" or not linear or', 'precision == "full" or', "test_engine"),
+    _d("residual: an overflow passes for settled", _PROBLEM, "clamp_min(torch.finfo(size.dtype).tiny) + 0 * scale", "clamp_min(torch.finfo(size.dtype).tiny)", "test_engine"),
+    _d("residual: relative to twice the state", _PROBLEM, "size / (size + scale)", "size / (size + 2 * scale)", "test_solvers", "test_engine"),
+    _d("anderson: the smaller colour is eliminated", "core/energy.py", "return max(free, key", "return min(free, key", "test_engine"),
+    _d("anderson: coefficients of two slots swapped", _ANDERSON, "return torch.stack([a, b], 1)", "return torch.stack([b, a], 1)", "test_anderson"),
+    _d("anderson: forgotten slots keep their weight", _ANDERSON, "ones = ones * valid[:, :k, None]", "pass", "test_anderson"),
+    _d("compaction: examples come back in another order", _LOOP, "back[order] = torch.arange", "back[:] = torch.arange", "test_compaction"),
+    _d("compaction: who left first is forgotten", _LOOP, "moving if self.rows is None else self.rows[moving]", "moving", "test_compaction"),
+    _d("compaction: the solver carries other examples on", _LOOP, "self.solver.select(self.carry, moving)", "self.solver.select(self.carry, moving - moving[0])", "test_compaction"),
+    _d("compaction: the two phases part", _PROBLEM, "return torch.cat([ratio, ratio])", "return torch.cat([ratio, 0.3 * ratio])", "test_compaction"),
+    _d("compaction: who is active is not reduced", _PROBLEM, "self.active.index_select(0, index))", "self.active[: index.shape[0]])", "test_compaction"),
+    _d("compaction: the response is measured from other starts", _PROBLEM, "return displacement_from(take(self.start, index))", "return displacement_from({n: t[: len(index)] for n, t in self.start.items()})", "test_compaction"),
+    _d("compaction: a force that knows its batch is cut", _PROBLEM, "if self.extra is not None:\n            return None", "if False:\n            return None", "test_compaction"),
+    _d("compaction: memory format lost", "core/state.py", "return t[index] if t.dim() == 4 else t.index_select(0, index)", "return t.index_select(0, index)", "test_compaction"),
+    _d("rounding: an accumulator is written to", "core/operators.py", "return fresh.add_(acc) if acc.dtype == dtype else acc + fresh", "return acc.add_(fresh)", "test_rounding"),
+    _d("symmetric weight: gradient not symmetrised", "core/operators.py", "return _Symmetric.apply(grads[0])", "return grads[0]", "test_rounding"),
+    _d("norm control: smallest direction of few rows", "core/norm_control.py", "best = mixing[:, -1] @ weight", "best = mixing[:, 0] @ weight", "test_rounding"),
+    _d("tanh: fast branch without the gain", "core/nodes.py", "s = (a * (-2 * gain)).sigmoid_()", "s = (a * -2).sigmoid_()", "test_rounding"),
+    _d("warm start: of examples never seen", "starts.py", "seen = store.seen[index]", "seen = torch.ones_like(store.seen[index])", "test_starts"),
+    _d("warm start: an overflow is kept", "starts.py", "store.seen[index] = finite", "store.seen[index] = True", "test_starts"),
+    _d("settings: fast is exact", "systems/registry.py", 'if settings == "fast":', "if False:", "test_settings"),
 )  # fmt: skip
 
 

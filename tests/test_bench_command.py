@@ -113,7 +113,8 @@ def test_benches_run_in_order_with_the_threads_asked_for(monkeypatch: pytest.Mon
         fake(monkeypatch, name, 1, calls)
     registry.run_benches([], quiet(), threads=[1])
     assert [name for name, _, _ in calls] == [
-        "epoch", "overhead", "roofline", "memory", "settling", "systems", "scaling", "time-to-accuracy",
+        "epoch", "gradients", "overhead", "roofline", "memory", "settling", "systems", "compiled", "scaling",
+        "profile", "time-to-accuracy",
     ]  # fmt: skip
     assert {threads for _, threads, _ in calls} == {(1,)}
     calls.clear()
@@ -135,7 +136,7 @@ def test_an_interruption_loses_only_the_bench_it_hits(monkeypatch: pytest.Monkey
 
 def test_every_bench_can_be_found_and_has_a_picture() -> None:
     assert list(DRAW) == registry.names()
-    for name in ("epoch", "overhead", "roofline", "scaling"):
+    for name in ("epoch", "overhead", "roofline", "compiled", "scaling"):
         assert registry.options(name)["threads"] == (1, 2)
     with pytest.raises(ConfigError, match="did you mean 'memory'"):
         registry.find("memori")

@@ -176,6 +176,11 @@ def test_nudged_phases_measure_the_response_only(estimator: Estimator, name: str
     wanted = of_parameters(c, Implicit(tolerance=1e-11, max_steps=3000), free, v)
     aligned = cosine(of_parameters(c, estimator, free, v), wanted)
     assert aligned > 0.999, f"cosine {aligned:.5f}"
+    with torch.no_grad():
+        statistics = estimator.estimate(free, v).statistics
+    if statistics.asym is not None:
+        assert float(statistics.asym.max()) < 0.1, "what both phases move alike is the free phase's residual"
+        assert statistics.halvings == 0
 
 
 # --- few digits
