@@ -247,6 +247,10 @@ def test_examples_take_their_memory_format_along(departures: Departures) -> None
             same(parts, whole, 1e-5)
             for t in (*parts.state.values(), *parts.h.values()):
                 formats.append(t.is_contiguous(memory_format=torch.channels_last))
+        ring = FixedPoint(torus=Fading()).begin(problem, start, problem.activate(start))
+        assert ring is not None
+        kept = ring["c1"].selected(torch.tensor([7, 0, 3]))
+        formats += [t.is_contiguous(memory_format=torch.channels_last) for t in (kept[0], kept.fading_sum)]
     assert departures.sizes
     assert all(formats), formats
 

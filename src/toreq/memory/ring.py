@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from toreq.core.state import rows
 from toreq.errors import ConfigError
 
 
@@ -50,8 +51,8 @@ class Ring:
         """The same ring for the examples ``index``."""
         part = object.__new__(Ring)
         part.__dict__.update(self.__dict__)
-        part._slots = [slot.index_select(0, index) for slot in self._slots]
-        part._sum = self._sum.index_select(0, index)
+        part._slots = [rows(slot, index) for slot in self._slots]
+        part._sum = rows(self._sum, index)
         return part
 
     def push(self, new: Tensor) -> None:
