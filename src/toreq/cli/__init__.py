@@ -50,7 +50,7 @@ def _dispatch(arguments: list[str]) -> int:
     import tyro
     from rich.console import Console
 
-    from toreq.cli import bench, demo, evaluate, inspect, systems, train
+    from toreq.cli import bench, demo, evaluate, evidence, inspect, systems, train
     from toreq.cli.parsing import expand_set
 
     # A state that decays to subnormal numbers makes a step many times slower.
@@ -64,6 +64,7 @@ def _dispatch(arguments: list[str]) -> int:
         "doctor": inspect.Doctor,
         "demo": demo.Demo,
         "bench": bench.Bench,
+        "evidence": evidence.Evidence,
     }
     try:
         command = tyro.extras.subcommand_cli_from_dict(

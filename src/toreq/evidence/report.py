@@ -1,0 +1,180 @@
+"""What there is to say about every claim: for the terminal, and written as pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from toreq.evidence import store
+from toreq.evidence.budgets import BUDGETS
+from toreq.evidence.claim import Claim
+from toreq.evidence.registry import claim, claims
+from toreq.evidence.store import Result
+from toreq.evidence.verdicts import Finding, Judgement
+
+NOT_RUN, STALE = "not run", "stale"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A claim with the result of its largest budget; ``others`` are its smaller ones, budget -> verdict."""
+
+    claim: Claim
+    result: Result | None
+    judgement: Judgement | None
+    stale: bool
+    others: dict[str, str]
+
+    @property
+    def verdict(self) -> str:
+        """``holds``, ``fails``, ``not settled``, ``stale`` or ``not run``."""
+        if self.result is None or self.judgement is None:
+            return NOT_RUN
+        return STALE if self.stale else self.judgement.verdict
+
+    @property
+    def aim(self) -> str:
+        """Whether the aim is reached, in a word."""
+        if self.judgement is None or self.stale:
+            return "-"
+        return {True: "yes", False: "no", None: "not settled"}[self.judgement.aim_reached]
+
+    @property
+    def command(self) -> str:
+        """What to run for this result, or for the one that is missing."""
+        if self.result is not None and self.result.command and not self.stale:
+            return self.result.command
+        return f"toreq evidence run {self.claim.id} --budget full"
+
+    @property
+    def seeds(self) -> int:
+        """Seeds that were run."""
+        return 0 if self.result is None else len({seed for _, seed in self.result.runs})
+
+
+def entries(results: Path) -> list[Entry]:
+    """Every registered claim with what the folder holds of it."""
+    found = []
+    for one in claims():
+        known = [(name, store.load(results, one.id, name)) for name in reversed(BUDGETS)]
+        present = [(name, result) for name, result in known if result is not None]
+        if not present:
+            found.append(Entry(one, None, None, False, {}))
+            continue
+        # a fresh result of a smaller budget says more than a stale one of a larger
+        present.sort(key=lambda pair: pair[1].stale(one))
+        _, best = present[0]
+        others = {name: STALE if r.stale(one) else r.judged(one).verdict for name, r in present[1:]}
+        found.append(Entry(one, best, best.judged(one), best.stale(one), others))
+    return found
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A value with so many significant digits, and no fewer nines than tell a cosine from 1; a dash for None."""
+    if value is None:
+        return "-"
+    if 0.99 < abs(value) < 1:
+        # 0.99997 must not read as 1
+        return f"{value:.6f}".rstrip("0") if abs(value) < 0.9999995 else f"1 - {1 - value:.1e}"
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    return f"{value:.{digits}g}"
+
+
+def between(finding: Finding) -> str:
+    """The interval of what is judged; for a single seed, that it is one."""
+    if finding.mean is None:
+        return "-"
+    if finding.low is None or finding.high is None:
+        return "one seed"
+    return f"{number(finding.low)} .. {number(finding.high)}"
+
+
+def ours(finding: Finding) -> str:
+    """The judged side's own number."""
+    return _side(finding, finding.side)
+
+
+def baselines(finding: Finding) -> str:
+    """The other sides' numbers, by name."""
+    return "; ".join(f"{side}: {_side(finding, side)}" for side in finding.sides if side != finding.side) or "-"
+
+
+def _side(finding: Finding, side: str) -> str:
+    mean = finding.sides.get(side, {}).get("mean")
+    return number(None if mean is None else float(mean))
+
+
+def judged(finding: Finding) -> str:
+    """What the interval is of: the number itself, or its difference from a side."""
+    if finding.against is None:
+        return "-" if finding.mean is None else number(finding.mean)
+    return f"{number(finding.mean)} against {finding.against}"
+
+
+def target(finding: Finding, entry: Entry) -> str:
+    """The seed's number, or its words."""
+    if finding.words:
+        return finding.words
+    return "-" if finding.target is None else str(finding.target)
+
+
+def aim(finding: Finding, entry: Entry) -> str:
+    """The aim with its direction."""
+    criterion = next(c for c in entry.claim.criteria if c.name == finding.name)
+    return criterion.describe(criterion.aim)
+
+
+def verdict(finding: Finding) -> str:
+    """A criterion's verdict with the reason where it is not settled, and the label of a single seed."""
+    text = finding.verdict
+    if finding.verdict == "not settled" and finding.reason:
+        text += f" ({finding.reason})"
+    if finding.one_seed and finding.verdict != "not settled":
+        text += ", one seed"
+    return text
+
+
+def show_list(results: Path, console: Console) -> None:
+    """Print the claims with their verdicts."""
+    table = Table(title="claims", show_lines=True)
+    for column in ("id", "claim", "sides", "seeds", "verdict", "aim reached"):
+        table.add_column(column, overflow="fold")
+    for entry in entries(results):
+        budget = "" if entry.result is None else f" ({entry.result.budget})"
+        table.add_row(
+            entry.claim.id,
+            entry.claim.sentence,
+            ", ".join(entry.claim.sides),
+            str(entry.claim.seeds),
+            entry.verdict + budget,
+            entry.aim,
+        )
+    console.print(table)
+
+
+def show_verdicts(found: Sequence[Result], console: Console) -> None:
+    """Print the criteria of some results, and what failed to run."""
+    for result in found:
+        judgement = result.judged(claim(result.claim))
+        table = Table(title=f"{result.claim} ({result.budget}): {judgement.verdict}")
+        for column in ("criterion", "claimed", "ours", "others", "judged", "95% interval", "verdict"):
+            table.add_column(column, overflow="fold")
+        for f in judgement.findings:
+            table.add_row(f.name, f.claimed, ours(f), baselines(f), judged(f), between(f), verdict(f))
+        console.print(table)
+        for reason in judgement.reasons:
+            console.print(f"{result.claim}: {reason}", markup=False, soft_wrap=True)
+        for (side, seed), why in sorted(result.failures.items()):
+            console.print(f"{result.claim} {side}, seed {seed} failed: {why['reason']}", markup=False, soft_wrap=True)
+
+
+def write_report(results: Path, out: Path) -> list[Path]:
+    """Write ``report.html`` (self-contained), ``index.md`` (for the docs) and one SVG per claim; return their paths."""
+    from toreq.evidence.page import write
+
+    return write(entries(results), out)
