@@ -112,16 +112,18 @@ class Equilibrium(nn.Module):
     def hasten(self) -> None:
         """Loosen solver and estimator to settings that train as well in a fraction of the time.
 
-        The free phase settles to a relative residual of 1e-2, the difference of the nudged phases to 5e-2; couplings
-        and drives are rounded to bfloat16 where the parameters' device multiplies these natively. The gradient's cosine
-        with the exact one then still is above 0.99 in the shipped systems (the performance page has the numbers;
-        ``toreq check`` measures it for yours).
+        With linear couplings the free phase settles to a relative residual of 1e-2 and the difference of the nudged
+        phases to 5e-2, with others to 3e-3 and 2e-2; linear couplings and drives are rounded to bfloat16 where the
+        parameters' device multiplies these natively. The gradient's cosine with the exact one then still is above 0.99
+        in the shipped systems (the performance page has the numbers; ``toreq check`` measures it for yours).
         """
+        linear = isinstance(self.dynamics, Energy) and self.dynamics.linear
+        free, nudged = (1e-2, 5e-2) if linear else (3e-3, 2e-2)
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         precision = "rounded" if multiplies_bfloat16(device) else self._solver.precision
-        self._solver = replace(self._solver, tolerance=max(self._solver.tolerance, 1e-2), precision=precision)
+        self._solver = replace(self._solver, tolerance=max(self._solver.tolerance, free), precision=precision)
         if isinstance(self._estimator, Paired):
-            self._estimator = replace(self._estimator, tolerance=max(self._estimator.tolerance, 5e-2))
+            self._estimator = replace(self._estimator, tolerance=max(self._estimator.tolerance, nudged))
 
     def __getstate__(self) -> dict[str, Any]:
         # statistics belong to a process's latest batch; a pickled or copied layer starts without

@@ -161,7 +161,7 @@ def _bars(axes: Axes, rows: Sequence[Row], key: str, group: str, label: str, not
 
 
 def _group(key: str, value: Any) -> str:
-    return f"{value} thread{'s' if value > 1 else ''}" if key == "threads" else f"{key} {value:g}"
+    return f"{value} thread{'s' if value > 1 else ''}" if key == "threads" else f"{key.replace('_', ' ')} {value:g}"
 
 
 def _epoch(result: Row) -> Figure:
@@ -318,6 +318,15 @@ def _compiled(result: Row) -> Figure:
     return figure
 
 
+def _gradients(result: Row) -> Figure:
+    rows = [{**row, "side": row["settings"], "lost": max(1 - row["least"], 1e-8)} for row in result["rows"]]
+    nets = _values(rows, "net")
+    figure, axes = _panels([f"{net}: 1 - least cosine" for net in nets])
+    for panel, net in zip(axes, nets, strict=True):
+        _bars(panel, _of(rows, net=net), "lost", "trained_steps", "1 - cosine with the exact gradient (logarithmic)")
+    return figure
+
+
 def _profile(result: Row) -> Figure:
     rows = result["rows"]
     kinds = [key for key in rows[0] if key not in ("net", "side", "step_ms")]
@@ -338,6 +347,7 @@ def _profile(result: Row) -> Figure:
 
 DRAW: dict[str, Callable[[Row], Figure]] = {
     "epoch": _epoch,
+    "gradients": _gradients,
     "overhead": _overhead,
     "roofline": _roofline,
     "memory": _memory,

@@ -21,6 +21,7 @@ Result = dict[str, Any]
 
 MODULES = {
     "epoch": "epoch",
+    "gradients": "gradients",
     "overhead": "overhead",
     "roofline": "roofline",
     "memory": "memory",

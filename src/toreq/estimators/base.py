@@ -164,7 +164,7 @@ class Contrastive(Estimator):
 
     beta: float = 0.01
     nudge: NudgeMode = "relative"
-    tolerance: float = 5e-3
+    tolerance: float = 1e-3
     max_steps: int | None = None
     asym_limit: float = 0.1
     max_halvings: int = 2
@@ -185,7 +185,7 @@ class Contrastive(Estimator):
         )
         modes = ("relative", "absolute", "cost")
         require(where, "nudge", self.nudge, self.nudge in modes, f"one of {modes}", "choose one")
-        require(where, "tolerance", self.tolerance, 0 <= self.tolerance < 1, "in [0, 1)", "try 5e-3")
+        require(where, "tolerance", self.tolerance, 0 <= self.tolerance < 1, "in [0, 1)", "try 1e-3")
         steps_ok = self.max_steps is None or self.max_steps >= 1
         require(where, "max_steps", self.max_steps, steps_ok, "None or >= 1", "leave it None")
         require(where, "asym_limit", self.asym_limit, self.asym_limit > 0, "> 0", "try 0.1")

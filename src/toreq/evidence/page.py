@@ -38,7 +38,7 @@ section { border-top: 1px solid var(--line); margin-top: 2.2rem; }
   table.cards td:first-child { display: block; }
 }
 </style>"""
-SUMMARY = ("claim", "", "verdict", "aim reached", "criteria that hold", "budget", "seeds")
+SUMMARY = ("id", "claim", "verdict", "aim reached", "criteria that hold", "budget", "seeds")
 CRITERIA = (
     "criterion",
     "seed's target",
@@ -165,7 +165,7 @@ def _made(entry: Entry) -> str:
 def as_html(entries: Sequence[Entry], drawn: dict[str, dict[Theme, str]]) -> str:
     """The self-contained page: nothing is fetched, no script runs."""
     body = [STYLE, f"<h1>{TITLE}</h1>", f"<p>{escape(LEAD)}</p>"]
-    body.append(html.table(SUMMARY, [_summary(entry) for entry in entries], text=(0, 1, 2)))
+    body.append(html.table(SUMMARY, [_summary(entry) for entry in entries], text=(0, 1)))
     for entry in entries:
         name = entry.claim.id
         body.append(f'<section id="{name}"><h2>{escape(name)}: {escape(entry.claim.sentence)}</h2>')

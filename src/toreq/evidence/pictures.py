@@ -34,7 +34,8 @@ def svg(figure: Figure, name: str) -> str:
     """The figure as an ``<svg>`` element whose identifiers start with ``name``, so that pages may hold several."""
     buffer = io.StringIO()
     # text stays text: it can be read aloud and searched, and the page's own font is used
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name}
+    with matplotlib.rc_context(settings):
         # no date: the same numbers give the same file
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, facecolor="none")
     text = buffer.getvalue()
@@ -47,7 +48,7 @@ def svg(figure: Figure, name: str) -> str:
 @contextmanager
 def _axes(theme: Theme, height: float) -> Iterator[tuple[Figure, Axes, Palette]]:
     palette = PALETTES[theme]
-    settings: dict[str, Any] = {
+    settings: Any = {
         "font.family": "sans-serif",
         "font.size": 10,
         "axes.titlesize": 10.5,
@@ -94,7 +95,7 @@ def _curves(claim: Claim, outcomes: Outcomes, theme: Theme) -> Figure | None:
             color = palette.series[index % len(palette.series)]
             style = STYLES[index % len(STYLES)]
             x, y = [p[0] for p in points], [p[1] for p in points]
-            axes.plot(x, y, color=color, linestyle=style, marker=MARKERS[index % len(MARKERS)], label=label)
+            axes.plot(x, y, color=color, linestyle=style, marker=_marker(index), label=label)
             if all(p[2] is not None for p in points):
                 low, high = [float(p[2] or 0) for p in points], [float(p[3] or 0) for p in points]
                 axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
@@ -120,7 +121,7 @@ def _points(claim: Claim, outcomes: Outcomes, theme: Theme) -> Figure | None:
     with _axes(theme, MARGIN + 0.3 + ROW * len(sides) + 0.1 * len(kept)) as (figure, axes, palette):
         handles: list[Line2D] = []
         for number, metric in enumerate(kept):
-            color, marker = palette.series[number % len(palette.series)], MARKERS[number % len(MARKERS)]
+            color, marker = palette.series[number % len(palette.series)], _marker(number)
             offset = 0.0 if len(kept) == 1 else 0.24 * (2 * number / (len(kept) - 1) - 1)
             for place, side in enumerate(sides):
                 values = list(numbers(outcomes, side, metric).values())
@@ -155,6 +156,11 @@ def _points(claim: Claim, outcomes: Outcomes, theme: Theme) -> Figure | None:
         axes.set(title=spec.title, xlabel=spec.x_label)
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
         return figure
+
+
+def _marker(number: int) -> str:
+    # a colour that comes again gets another marker
+    return MARKERS[(number + number // len(MARKERS)) % len(MARKERS)]
 
 
 def _shown(value: float, complement: bool, log: bool) -> float:

@@ -90,7 +90,7 @@ def judge(claim: Claim, outcomes: Outcomes, budget: Budget) -> Judgement:
     findings = tuple(_finding(claim, criterion, outcomes) for criterion in claim.criteria)
     blocked = _blocked(claim, outcomes, budget, findings)
     judged = [f for f in findings if not f.condition]
-    said = [*blocked, *(f"{f.name}: {f.reason}" for f in judged if f.verdict == "not settled")]
+    said = [*blocked, *_grouped([(f.name, f.reason) for f in judged if f.verdict == "not settled"])]
     verdict: Verdict
     if blocked:
         verdict = "not settled"
@@ -117,10 +117,19 @@ def _blocked(claim: Claim, outcomes: Outcomes, budget: Budget, findings: tuple[F
         for metric in claim.printed:
             if any(metric not in run.metrics or run.metrics[metric].value is None for run in runs):
                 said.append(f"{side!r} does not print {metric!r}")
-    for finding in findings:
-        if finding.condition and finding.verdict != "holds":
-            said.append(f"the condition {finding.name!r} ({finding.claimed}) is not met: {finding.reason}")
+    unmet = [f for f in findings if f.condition and f.verdict != "holds"]
+    said += _grouped(
+        [(f"the condition '{f.name}' ({f.claimed})", f.reason or f"it is {f.mean:.3g}") for f in unmet], "conditions"
+    )
     return said
+
+
+def _grouped(pairs: list[tuple[str, str]], what: str = "criteria") -> list[str]:
+    """(name, reason) in lines; names with one reason share a line."""
+    names: dict[str, list[str]] = {}
+    for name, reason in pairs:
+        names.setdefault(reason, []).append(name)
+    return [f"{of[0] if len(of) == 1 else f'{len(of)} {what}'}: {reason}" for reason, of in names.items()]
 
 
 def _finding(claim: Claim, criterion: Criterion, outcomes: Outcomes) -> Finding:
