@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from oracles import cosine
-from toreq import Equilibrium, data, systems
+from toreq import Equilibrium, systems
 from toreq import layer as layer_module
 from toreq.core import Bilinear, Dense, Drive, Energy, Node, Tanh
 from toreq.errors import ConfigError
@@ -48,8 +48,11 @@ def create(arch: str, settings: str = "fast") -> System:
 
 
 def examples(count: int) -> tuple[Tensor, Tensor]:
-    x, y = data.load("mnist").split("train")
-    return x[:count].float() / 255, y[:count]
+    """Noisy copies of one random image for each class (not the bundled set, which a mutated copy has not)."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 10, (count,), generator=g)
+    prototypes = (torch.rand(10, 1, 28, 28, generator=g) < 0.2).float()
+    return (prototypes[y] + 0.3 * torch.rand(count, 1, 28, 28, generator=g)).clamp(max=1), y
 
 
 def gradient(net: System, x: Tensor, y: Tensor) -> Tensor:
@@ -87,9 +90,12 @@ def test_the_gradient_keeps_its_direction(arch: str, settings: str, least: float
 @EACH_ARCH
 def test_fast_loosens_what_is_shipped(arch: str) -> None:
     exact, fast = create(arch, "exact").equilibrium, create(arch).equilibrium
-    assert fast.solver == replace(exact.solver, tolerance=1e-2, precision="rounded")
+    assert isinstance(exact.dynamics, Energy)
+    free, nudged = (1e-2, 5e-2) if exact.dynamics.linear else (3e-3, 2e-2)
+    assert exact.dynamics.linear == (arch != "transformer")
+    assert fast.solver == replace(exact.solver, tolerance=free, precision="rounded")
     assert isinstance(exact.estimator, Centered)
-    assert fast.estimator == replace(exact.estimator, tolerance=5e-2)
+    assert fast.estimator == replace(exact.estimator, tolerance=nudged)
     assert exact.solver.precision == "full"
 
 
