@@ -18,13 +18,14 @@ LEAD = (
     "never typed; a claim that fails stays here as failed, with the part of it that does hold."
 )
 MARKS = {"holds": "✓", "fails": "✗", "not settled": "?", "stale": "↻", "not run": "–"}
+AIMS = {"holds": "yes", "fails": "no", "not settled": "not settled"}
 THEMES: tuple[Theme, ...] = ("light", "dark")
 STYLE = """<style>
 table.cards td.text, table.cards th { white-space: normal; }
 table.cards td { vertical-align: top; }
 .verdict { font-weight: 600; } .holds { color: var(--good); } .fails { color: var(--bad); }
 :root { --good: #006b4b; --bad: #a3341a; }
-figure.plot { padding: .6rem .4rem 0; max-width: 46rem; margin: 1rem 0; }
+figure.plot { padding: .6rem .4rem 0; max-width: 34rem; margin: 1rem 0; }
 figure.plot svg { display: block; width: 100%; height: auto; font-family: inherit; }
 figure.plot .dark { display: none; }
 details { margin: .8rem 0; } summary { cursor: pointer; }
@@ -100,14 +101,14 @@ def _criteria(entry: Entry) -> list[list[str]]:
     return [
         [
             f"{f.name} ({f.unit})" if f.unit else f.name,
-            "condition" if f.condition else target(f, entry),
+            "condition" if f.condition else target(f),
             aim(f, entry),
             baselines(f),
             ours(f),
             judged(f),
             between(f),
             verdict(f),
-            {"holds": "yes", "fails": "no", "not settled": "not settled", None: "-"}[f.aim_verdict],
+            "-" if f.condition or f.aim_verdict is None else AIMS[f.aim_verdict],
         ]
         for f in entry.judgement.findings
     ]
@@ -193,7 +194,8 @@ def as_html(entries: Sequence[Entry], drawn: dict[str, dict[Theme, str]]) -> str
 
 def as_markdown(entries: Sequence[Entry], drawn: dict[str, dict[Theme, str]]) -> str:
     """The page of the docs, with the pictures beside it."""
-    lines = [f"# {TITLE}", "", LEAD, "", "`toreq evidence report` writes this page from `evidence/results`.", ""]
+    lines = [f"# {TITLE}", "", LEAD, ""]
+    lines += ["Written by `toreq evidence report` from `evidence/results`; [all of it in one file](report.html).", ""]
     lines += _table(SUMMARY, [_summary(entry) for entry in entries])
     for entry in entries:
         lines += ["", f"## {entry.claim.id}: {entry.claim.sentence}", ""]

@@ -19,7 +19,7 @@ from toreq.evidence.claim import Claim, Criterion
 from toreq.evidence.statistics import interval, mean_curve
 from toreq.evidence.verdicts import Outcomes, numbers
 
-WIDTH, ROW, MARGIN = 6.4, 0.34, 1.5
+WIDTH, ROW, MARGIN = 4.8, 0.34, 1.5
 FLOOR = 1e-9
 """What is drawn for 0 on a logarithmic axis."""
 
@@ -90,7 +90,7 @@ def _curves(claim: Claim, outcomes: Outcomes, theme: Theme) -> Figure | None:
                 lines.append((side if len(spec.curves) == 1 else f"{side}, {name}", points))
     if not lines:
         return None
-    with _axes(theme, 3.7 + 0.16 * len(lines)) as (figure, axes, palette):
+    with _axes(theme, 3.0 + 0.12 * len(lines)) as (figure, axes, palette):
         for index, (label, points) in enumerate(lines):
             color = palette.series[index % len(palette.series)]
             style = STYLES[index % len(STYLES)]

@@ -116,11 +116,11 @@ def judged(finding: Finding) -> str:
     return f"{number(finding.mean)} against {finding.against}"
 
 
-def target(finding: Finding, entry: Entry) -> str:
-    """The seed's number, or its words."""
-    if finding.words:
-        return finding.words
-    return "-" if finding.target is None else str(finding.target)
+def target(finding: Finding) -> str:
+    """The seed's words, and the bound that stands for them."""
+    if finding.target is None:
+        return finding.words or "-"
+    return f"{finding.words} ({finding.claimed})" if finding.words else finding.claimed
 
 
 def aim(finding: Finding, entry: Entry) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ def run(
         device: where the protocols compute.
         again: run finished jobs anew.
         console: where progress is shown.
-        command: what is recorded as the command.
+        command: what was typed, for the message after Ctrl-C; results record a command that has no local paths in it.
 
     Raises:
         ConfigError: an unknown claim, budget or scheduler, or a count below 1.
@@ -88,8 +89,14 @@ def run(
     width = jobs if jobs is not None else max(1, cores() // threads)
     shared, alone = scheduler(scheduler_name, width, threads), scheduler(scheduler_name, 1, threads)
     session = _Session(size, results, device, console or Console(quiet=True), command)
+    flags = ["--budget", budget, *([] if seeds is None else ["--seeds", str(seeds)])]
+    flags += [
+        *([] if threads == 1 else ["--threads", str(threads)]),
+        *([] if device == "cpu" else ["--device", device]),
+    ]
     for claim in wanted:
         session.open(claim, seeds, again)
+        session.commands[claim.id] = shlex.join(["toreq", "evidence", "run", claim.id, *flags])
     with session:
         # timing and memory claims come last, one after the other, with nothing beside them
         together = [job for job in session.todo if not job.claim.exclusive]
@@ -107,7 +114,7 @@ class _Session:
 
     def __init__(self, budget: Budget, results: Path, device: str, console: Console, command: str) -> None:
         self.budget, self.folder, self.device, self.console = budget, results, device, console
-        self.command = command
+        self.command, self.commands = command, dict[str, str]()
         self.commit, self.environment = commit(), environment(torch.device(device))
         self.results: dict[str, Result] = {}
         self.todo: list[Job] = []
@@ -181,7 +188,8 @@ class _Session:
                 "commit": self.commit,
             }
             self.seconds.setdefault((claim.id, trial.side), []).append(report.seconds)
-        result.command, result.commit, result.environment = self.command, self.commit, self.environment
+        result.command, result.commit = self.commands[claim.id], self.commit
+        result.environment = self.environment
         store.save(self.folder, claim, result)
         if report.outcome is not None:
             store.drop_scratch(trial.scratch)

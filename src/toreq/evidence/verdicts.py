@@ -150,7 +150,7 @@ def _finding(claim: Claim, criterion: Criterion, outcomes: Outcomes) -> Finding:
         found = interval(list(values.values()), scale=criterion.scale)
     if not reason:
         reason = _short(criterion, values, len(ran) - len(own))
-    bound, strict = _bound(criterion)
+    bound = _bound(criterion)
     return Finding(
         name=criterion.name,
         metric=criterion.metric,
@@ -168,20 +168,23 @@ def _finding(claim: Claim, criterion: Criterion, outcomes: Outcomes) -> Finding:
         prescribed=criterion.seeds,
         one_seed=found is not None and found.n == 1,
         condition=criterion.condition,
-        verdict=_stand(found, criterion, bound, strict, reason),
-        aim_verdict=None if criterion.aim is None else _stand(found, criterion, criterion.aim, False, reason),
-        reason=reason or _why(found, criterion, bound, strict),
+        verdict=_stand(found, criterion, bound, reason),
+        aim_verdict=None if criterion.aim is None else _stand(found, criterion, criterion.aim, reason),
+        reason=reason or _why(found, criterion, bound),
         sides=_beside(criterion, outcomes),
     )
 
 
-def _bound(criterion: Criterion) -> tuple[Bound, bool]:
-    """What the verdict is measured by, and whether it must be excluded."""
+def _bound(criterion: Criterion) -> Bound:
+    """What the verdict is measured by."""
     if criterion.target is not None:
-        return criterion.target, False
-    if criterion.aim is not None:
-        return criterion.aim, False
-    return 0.0, True
+        return criterion.target
+    return 0.0 if criterion.aim is None else criterion.aim
+
+
+def _strict(criterion: Criterion, bound: Bound) -> bool:
+    """A difference that is claimed to have a sign must exclude 0."""
+    return bool(criterion.versus) and bound == 0
 
 
 def _short(criterion: Criterion, values: Mapping[int, float], unsettled: int) -> str:
@@ -193,16 +196,16 @@ def _short(criterion: Criterion, values: Mapping[int, float], unsettled: int) ->
     return ""
 
 
-def _stand(found: Interval | None, criterion: Criterion, bound: Bound, strict: bool, reason: str) -> Verdict:
+def _stand(found: Interval | None, criterion: Criterion, bound: Bound, reason: str) -> Verdict:
     if found is None or reason:
         return "not settled"
-    return standing(found, criterion.direction, bound, strict=strict)
+    return standing(found, criterion.direction, bound, strict=_strict(criterion, bound))
 
 
-def _why(found: Interval | None, criterion: Criterion, bound: Bound, strict: bool) -> str:
+def _why(found: Interval | None, criterion: Criterion, bound: Bound) -> str:
     if found is None:
         return "no number"
-    if standing(found, criterion.direction, bound, strict=strict) == "not settled":
+    if standing(found, criterion.direction, bound, strict=_strict(criterion, bound)) == "not settled":
         return "the interval covers the bound"
     return ""
 
