@@ -16,7 +16,7 @@ from toreq.estimators import Centered, NonConservative, OneSided
 from toreq.estimators.base import CostNudge, FreePhase, LinearNudge, Nudge
 from toreq.estimators.pairs import Paired
 from toreq.solvers import Anderson, Fading, FixedPoint, Relaxation, Solution, Solver, loop
-from toreq.solvers.problem import pair_difference, reduced, relative_to
+from toreq.solvers.problem import displacement_from, pair_difference, reduced
 from zoo import case
 
 SOLVERS: dict[str, Solver] = {
@@ -284,6 +284,6 @@ def test_measures_follow_their_examples() -> None:
     r, a = ({"h": torch.randn(6, 4, generator=g, dtype=torch.float64)} for _ in range(2))
     index = torch.tensor([5, 1, 2])
     few = {"h": r["h"][index]}, {"h": a["h"][index]}
-    sized = relative_to(torch.rand(6, generator=g, dtype=torch.float64))
-    torch.testing.assert_close(reduced(sized, index)(*few), sized(r, a)[index])
+    moved = displacement_from({"h": torch.rand(6, 4, generator=g, dtype=torch.float64)})
+    torch.testing.assert_close(reduced(moved, index)(*few), moved(r, a)[index])
     assert reduced(pair_difference, index) is pair_difference

@@ -95,7 +95,10 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def _logarithmic(axis: Axis) -> None:
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Ticks at 1, 2 and 5, or at powers of ten where these would run into each other."""
+    low, high = axis.get_view_interval()
+    wide = low <= 0 or high / low > 300
+    axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -152,7 +155,7 @@ def _bars(axes: Axes, rows: Sequence[Row], key: str, group: str, label: str, not
     _logarithmic(axes.xaxis)
     axes.set_yticks(range(len(sides)), sides)
     axes.set_ylim(len(sides) - 0.5, -0.5)
-    axes.margins(x=0.25)
+    axes.margins(x=0.4)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(label)
     if len(groups) > 1:
@@ -314,7 +317,11 @@ def _compiled(result: Row) -> Figure:
     nets = _values(rows, "net")
     figure, axes = _panels([f"training step, {net}" for net in nets])
     for panel, net in zip(axes, nets, strict=True):
-        _bars(panel, _of(rows, net=net), "step_median_ms", "threads", "milliseconds (logarithmic)")
+        chosen = _of(rows, net=net)
+        _bars(panel, chosen, "step_median_ms", "threads", "milliseconds")
+        # nearly equal times: their bars start at zero
+        panel.set_xscale("linear")
+        panel.set_xlim(0, 1.45 * max(_values(chosen, "step_median_ms")))
     return figure
 
 
@@ -335,7 +342,8 @@ def _profile(result: Row) -> Figure:
     for i, kind in enumerate(kinds):
         share = [100 * row[kind] / row["step_ms"] for row in rows]
         color = PALETTE.series[i % len(PALETTE.series)]
-        axes.barh(range(len(rows)), share, 0.8, left=left, label=kind, color=color, alpha=1.0 if i < 6 else 0.55)
+        alpha = 1.0 if i < len(PALETTE.series) else 0.45  # more kinds than colours
+        axes.barh(range(len(rows)), share, 0.8, left=left, label=kind, color=color, alpha=alpha)
         left = [a + b for a, b in zip(left, share, strict=True)]
     axes.set_yticks(range(len(rows)), [f"{row['net']}, {row['side']} ({row['step_ms']:.3g} ms)" for row in rows])
     axes.invert_yaxis()

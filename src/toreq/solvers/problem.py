@@ -87,9 +87,10 @@ class Relaxation:
         self.origin, self.coarse, self.compiles = origin, coarse, compiled
         self.linear = origin is not None and isinstance(dynamics, Energy) and dynamics.linear
         self._used = dynamics.rounded(bindings) if coarse else bindings
-        self._terms = dynamics.moving(self._used) if isinstance(dynamics, Energy) else None
-        if self._terms is None or (as_map and isinstance(dynamics, Energy) and dynamics.predictive):
-            self._terms = None
+        # a prediction-error energy has a cheaper map than its field
+        self._terms = None
+        if isinstance(dynamics, Energy) and not (as_map and dynamics.predictive):
+            self._terms = dynamics.moving(self._used)
         if origin is None:
             self.static = dynamics.static(bindings)
         elif self.linear:
@@ -252,19 +253,6 @@ class displacement_from:
 
     def selected(self, index: Tensor) -> Measure:
         return displacement_from(take(self.start, index))
-
-
-class relative_to:
-    """The residual relative to a given size per example, ``(B,)``."""
-
-    def __init__(self, size: Tensor) -> None:
-        self.size = size
-
-    def __call__(self, r: State, a: State) -> Tensor:
-        return _share(norm(r), self.size)
-
-    def selected(self, index: Tensor) -> Measure:
-        return relative_to(self.size.index_select(0, index))
 
 
 class only_active:
