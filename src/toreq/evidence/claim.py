@@ -98,7 +98,7 @@ class Criterion:
 
     With :math:`x_s` the metric of ``side`` under seed s, the value judged is :math:`x_s`, or with ``versus`` the
     paired difference :math:`x_s - y_s` from the best of these sides. The bound of the verdict is ``target``; where the
-    seed names no number it is ``aim``, and where there is neither it is 0. A paired difference must exclude a bound of 0.
+    seed names no number it is ``aim``, and where there is neither it is 0, which a paired difference must exclude.
 
     Args:
         name: what the tables call it.

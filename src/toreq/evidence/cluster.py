@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,15 @@ class Ray:
         started = not ray.is_initialized()
         if started:
             address = self.address or os.environ.get("RAY_ADDRESS")
-            own: dict[str, Any] = {} if address else {"num_cpus": self.jobs * self.threads, "include_dashboard": False}
+            own: dict[str, Any] = {}
+            if not address:
+                # workers of this machine find the modules that this process finds; another's have folders of their own
+                paths = os.pathsep.join(path for path in sys.path if path)
+                own = {
+                    "num_cpus": self.jobs * self.threads,
+                    "include_dashboard": False,
+                    "runtime_env": {"env_vars": {"PYTHONPATH": paths}},
+                }
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
         # a dead worker is ray's to start again; an exception of the protocol would only come again
         task = ray.remote(num_cpus=self.threads, max_retries=ATTEMPTS - 1, retry_exceptions=False)(_remote)

@@ -86,7 +86,7 @@ def run(
     size = budgets.find(budget)
     if seeds is not None and seeds < 1:
         raise ConfigError(f"evidence: expected at least one seed, got {seeds}; leave it out for the claim's own")
-    width = jobs if jobs is not None else max(1, cores() // threads)
+    width = jobs if jobs is not None else max(1, cores() // max(1, threads))
     shared, alone = scheduler(scheduler_name, width, threads), scheduler(scheduler_name, 1, threads)
     session = _Session(size, results, device, console or Console(quiet=True), command)
     flags = ["--budget", budget, *([] if seeds is None else ["--seeds", str(seeds)])]
