@@ -9,7 +9,7 @@ from pathlib import Path
 from toreq.diagnostics import html
 from toreq.diagnostics.plots import Theme
 from toreq.evidence.pictures import picture, svg
-from toreq.evidence.report import Entry, aim, baselines, between, judged, number, ours, target, verdict
+from toreq.evidence.report import Entry, baselines, between, judged, number, ours, target, verdict
 from toreq.io import atomic_write_text
 
 TITLE = "Evidence"
@@ -95,14 +95,14 @@ def _summary(entry: Entry) -> list[str]:
 def _criteria(entry: Entry) -> list[list[str]]:
     if entry.judgement is None:
         return [
-            [c.name, c.words or "-", c.describe(c.aim), "-", "-", "-", "-", "not run", "-"]
+            [c.name, "condition" if c.condition else target(c), c.describe(c.aim), "-", "-", "-", "-", "not run", "-"]
             for c in entry.claim.criteria
         ]
     return [
         [
             f"{f.name} ({f.unit})" if f.unit else f.name,
-            "condition" if f.condition else target(f),
-            aim(f, entry),
+            "condition" if f.condition else target(c),
+            c.describe(c.aim),
             baselines(f),
             ours(f),
             judged(f),
@@ -110,7 +110,7 @@ def _criteria(entry: Entry) -> list[list[str]]:
             verdict(f),
             "-" if f.condition or f.aim_verdict is None else AIMS[f.aim_verdict],
         ]
-        for f in entry.judgement.findings
+        for c, f in zip(entry.claim.criteria, entry.judgement.findings, strict=True)
     ]
 
 

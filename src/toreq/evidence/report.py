@@ -11,7 +11,7 @@ from rich.table import Table
 
 from toreq.evidence import store
 from toreq.evidence.budgets import BUDGETS
-from toreq.evidence.claim import Claim
+from toreq.evidence.claim import Claim, Criterion
 from toreq.evidence.registry import claim, claims
 from toreq.evidence.store import Result
 from toreq.evidence.verdicts import Finding, Judgement
@@ -116,17 +116,12 @@ def judged(finding: Finding) -> str:
     return f"{number(finding.mean)} against {finding.against}"
 
 
-def target(finding: Finding) -> str:
+def target(criterion: Criterion) -> str:
     """The seed's words, and the bound that stands for them."""
-    if finding.target is None:
-        return finding.words or "-"
-    return f"{finding.words} ({finding.claimed})" if finding.words else finding.claimed
-
-
-def aim(finding: Finding, entry: Entry) -> str:
-    """The aim with its direction."""
-    criterion = next(c for c in entry.claim.criteria if c.name == finding.name)
-    return criterion.describe(criterion.aim)
+    if criterion.target is None:
+        return criterion.words or "-"
+    bound = criterion.describe(criterion.target)
+    return f"{criterion.words} ({bound})" if criterion.words else bound
 
 
 def verdict(finding: Finding) -> str:

@@ -128,7 +128,7 @@ CLAIM = Claim(
     run=run,
     picture=Picture(
         "1 - smallest cosine, trained nets",
-        x_label="1 - cosine with the true gradient (smaller is better)",
+        x_label="1 - cosine (smaller is better)",
         metrics=tuple(f"smallest cosine, {name}, trained" for name in names()),
         log_x=True,
         complement=True,
