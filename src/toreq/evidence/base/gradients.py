@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from toreq.diagnostics.check import CheckResult, check
-from toreq.diagnostics.gradients import MAX_NEGLIGIBLE_ERROR, criterion
+from toreq.diagnostics.gradients import MAX_DIFFERENCE_ERROR, MAX_NEGLIGIBLE_ERROR, criterion
 from toreq.diagnostics.relaxation import couplings_off
 from toreq.estimators import names
 from toreq.evidence import counting
@@ -100,6 +100,17 @@ def _criteria() -> tuple[Criterion, ...]:
         found.append(
             Criterion(
                 f"{side}: radius after training", "radius, trained", "", "at_least", side, aim=RADIUS, condition=True
+            )
+        )
+        found.append(
+            Criterion(
+                f"{side}: reference against finite differences",
+                "reference against finite differences",
+                "relative error",
+                "at_most",
+                side,
+                aim=MAX_DIFFERENCE_ERROR,
+                condition=True,
             )
         )
     return tuple(found)

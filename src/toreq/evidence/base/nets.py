@@ -56,7 +56,8 @@ class _Block(nn.Module):
     def __init__(self, inputs: int, width: int, bound: float) -> None:
         super().__init__()
         self.inner, self.drive = nn.Linear(width, width, bias=False), nn.Linear(inputs, width)
-        nn.init.orthogonal_(self.inner.weight, bound)
+        # above the bound: at it, where the control sets in, the loss would have a kink
+        nn.init.orthogonal_(self.inner.weight, 1.25 * bound)
         control_norm(self.inner, bound)
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
