@@ -125,8 +125,8 @@ def test_settling() -> None:
 
 
 def test_a_state_that_overflows_has_not_settled() -> None:
-    setup = settling._setup("bipartite", (-1.2, 1.2), 8, 2, seed=0)
-    assert settling._steps(FixedPoint(order="gauss_seidel", max_steps=3000), setup, 1e-3) is None
+    setup = settling.quadratic("bipartite", (-1.2, 1.2), 8, 2, seed=0)
+    assert settling.steps_to(FixedPoint(order="gauss_seidel", max_steps=3000), setup, 1e-3) is None
 
 
 def test_systems() -> None:

@@ -114,7 +114,7 @@ def _measured(solver: FixedPoint, eigenvalue: float) -> float:
     """The factor by which a residual shrinks in a sweep, on one eigenvalue of a quadratic energy."""
     from toreq.bench import settling as quadratic
 
-    energy, x = quadratic._setup("lateral", (eigenvalue, eigenvalue), 4, 2, 0)
+    energy, x = quadratic.quadratic("lateral", (eigenvalue, eigenvalue), 4, 2, 0)
     bindings = detached(energy.bind(x))
     start = energy.initial(bindings)
     sizes = []

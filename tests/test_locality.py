@@ -94,7 +94,8 @@ class Wrapped(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        block = nn.Sequential(nn.Flatten(), nn.Linear(196, 6), nn.Tanh(), nn.Linear(6, 196), nn.Unflatten(1, (14, 14)))
+        inside = nn.Linear(196, 6), nn.Tanh(), nn.Linear(6, 196)
+        block = nn.Sequential(nn.Flatten(), *inside, nn.Unflatten(1, (1, 14, 14)))
         self.equilibrium = wrap(block, (1, 14, 14), inject="add")
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(196, 3))
 

@@ -65,10 +65,10 @@ def run(
         for problem in problems:
             for radius in radii:
                 ends = (-radius, min(radius, TOP) if problem == "lateral" else radius)
-                setups = [_setup(problem, ends, width, batch, seed) for seed in seeds]
+                setups = [quadratic(problem, ends, width, batch, seed) for seed in seeds]
                 for name, solver in _sides(problem, ends, max_steps).items():
                     for tolerance in tolerances:
-                        steps = [_steps(solver, setup, tolerance) for setup in setups]
+                        steps = [steps_to(solver, setup, tolerance) for setup in setups]
                         settled = [s for s in steps if s is not None]
                         mean = sum(settled) / len(settled) if len(settled) == len(steps) else None
                         row = {"problem": problem, "radius": radius, "side": name, "tolerance": tolerance}
@@ -79,8 +79,8 @@ def run(
 
 def _sides(problem: str, ends: tuple[float, float], max_steps: int) -> dict[str, Solver]:
     grid = [(g, round(0.05 * k, 2)) for g in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0) for k in range(1, 20)]
-    fading = min(grid, key=lambda p: max(_fading_rate(*p, e) for e in ends))
-    ball = min(grid, key=lambda p: max(_ball_rate(*p, e) for e in ends))
+    fading = min(grid, key=lambda p: max(fading_rate(*p, e) for e in ends))
+    ball = min(grid, key=lambda p: max(ball_rate(*p, e) for e in ends))
     sides: dict[str, Solver] = {"plain": FixedPoint()}
     if problem == "bipartite":
         sides["gauss-seidel"] = FixedPoint(order="gauss_seidel")
@@ -90,23 +90,28 @@ def _sides(problem: str, ends: tuple[float, float], max_steps: int) -> dict[str,
     return {name: dataclasses.replace(solver, max_steps=max_steps) for name, solver in sides.items()}
 
 
-def _ball_rate(damping: float, alpha: float, eigenvalue: float) -> float:
+def ball_rate(damping: float, alpha: float, eigenvalue: float) -> float:
     # a' = (1 - g + g e + g alpha) a - g alpha a_previous: the larger root of its quadratic
     trace, product = 1 - damping + damping * eigenvalue + damping * alpha, damping * alpha
     root = cmath.sqrt(trace * trace - 4 * product)
     return max(abs(trace + root), abs(trace - root)) / 2
 
 
-def _fading_rate(damping: float, alpha: float, eigenvalue: float, decay: float = 0.5, length: int = 4) -> float:
+def fading_rate(damping: float, alpha: float, eigenvalue: float, decay: float = 0.5, length: int = 4) -> float:
+    r"""Rate of :math:`a' = (1-\gamma)\,a + \gamma\,(e\,a + \sum_r\alpha\rho^r a_{-r})/(1+\sum_r\alpha\rho^r)`, with
+    :math:`r = 0 .. R-1`."""
     weights = [alpha * decay**r for r in range(length)]
-    companion = torch.zeros(length + 1, length + 1, dtype=torch.float64)
-    companion[0, 0] = 1 - damping + damping * (eigenvalue - sum(weights))
-    companion[0, 1:] = torch.tensor([damping * w for w in weights], dtype=torch.float64)
-    companion[1:, :-1] = torch.eye(length, dtype=torch.float64)
+    whole = 1 + sum(weights)
+    companion = torch.zeros(length, length, dtype=torch.float64)
+    companion[0] = torch.tensor([damping * w / whole for w in weights], dtype=torch.float64)
+    companion[0, 0] += 1 - damping + damping * eigenvalue / whole
+    companion[1:, :-1] = torch.eye(length - 1, dtype=torch.float64)
     return float(torch.linalg.eigvals(companion).abs().max())
 
 
-def _setup(problem: str, ends: tuple[float, float], width: int, batch: int, seed: int) -> tuple[Energy, torch.Tensor]:
+def quadratic(
+    problem: str, ends: tuple[float, float], width: int, batch: int, seed: int
+) -> tuple[Energy, torch.Tensor]:
     """A quadratic energy whose coupling has the given ends of its spectrum, and its drives."""
     generator = torch.Generator().manual_seed(seed)
     double = torch.float64
@@ -127,7 +132,7 @@ def _setup(problem: str, ends: tuple[float, float], width: int, batch: int, seed
     return energy, torch.randn(batch, width, generator=generator, dtype=double)
 
 
-def _steps(solver: Solver, setup: tuple[Energy, torch.Tensor], tolerance: float) -> float | None:
+def steps_to(solver: Solver, setup: tuple[Energy, torch.Tensor], tolerance: float) -> float | None:
     energy, x = setup
     with torch.no_grad():
         bindings = detached(energy.bind(x))

@@ -109,7 +109,9 @@ class MemoryPoint:
 
 
 def fixed_steps(net: nn.Module, steps: int, estimator: str | None = None) -> nn.Module:
-    """A copy of ``net`` whose every relaxation runs exactly ``steps`` steps (tolerance 0); ``estimator`` by name.
+    """A copy of ``net`` whose every relaxation, nudged ones too, runs exactly ``steps`` steps (tolerance 0).
+
+    ``estimator`` is one by name. No example is run again at a smaller nudge.
 
     Raises ConfigError for ``steps`` < 1 or a solver without ``max_steps`` and ``tolerance``.
     """
@@ -121,6 +123,8 @@ def fixed_steps(net: nn.Module, steps: int, estimator: str | None = None) -> nn.
         layer.solver = with_tolerance(layer.solver, steps, 0.0)
         if estimator is not None:
             layer.estimator = named_estimator(estimator, steps)
+        if isinstance(layer.estimator, estimators.Contrastive):
+            layer.estimator = dataclasses.replace(layer.estimator, tolerance=0.0, max_halvings=0)
     return copied
 
 

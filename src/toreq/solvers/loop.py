@@ -79,7 +79,8 @@ class Loop:
     def _check(self, t: int, ratio: Tensor, old: tuple[State, State]) -> bool:
         """Freeze what has settled; whether the loop ends here."""
         solver, before = self.solver, self.settled
-        settled = ratio <= solver.tolerance
+        # without a tolerance all steps are run, also by an example whose residual happens to be zero
+        settled = ratio <= solver.tolerance if solver.tolerance > 0 else torch.zeros_like(self.done)
         if before:
             settled |= self.done
         # one number tells whether all are finite, in one transfer with the count

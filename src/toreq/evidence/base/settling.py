@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import cmath
 import dataclasses
 from collections.abc import Callable
 
-import torch
-
-from toreq.bench import settling as quadratic
+from toreq.bench import settling as bench
+from toreq.bench.settling import ball_rate, fading_rate
 from toreq.evidence.base import nets
 from toreq.evidence.claim import Claim, Criterion, Outcome, Picture, Quantity, Trial
 from toreq.solvers import Anderson, Fading, FixedPoint, Solver
@@ -28,23 +26,23 @@ TORUS = ("fading", "heavy ball", "anderson")
 
 def run(trial: Trial) -> Outcome:
     """Sweeps to a relative residual of 1e-3 over the relaxation's radius, on quadratic energies."""
-    radii = trial.budget.pick((0.5, 0.9), quadratic.RADII, quadratic.RADII)
+    radii = trial.budget.pick((0.5, 0.9), bench.RADII, bench.RADII)
     width, batch = trial.budget.pick((8, 2), (96, 16), (256, 64))
     most = trial.budget.pick(200, 1000, 2000)
     metrics: dict[str, Quantity] = {}
-    curves: dict[str, list[tuple[float, float | None]]] = {problem: [] for problem in quadratic.PROBLEMS}
+    curves: dict[str, list[tuple[float, float | None]]] = {problem: [] for problem in bench.PROBLEMS}
     saved: list[float] = []
     notes = [f"a side that has not settled counts {most} sweeps where it is compared"]
-    for problem in quadratic.PROBLEMS:
+    for problem in bench.PROBLEMS:
         for radius in radii:
-            ends = (-radius, min(radius, quadratic.TOP) if problem == "lateral" else radius)
-            setup = quadratic._setup(problem, ends, width, batch, trial.seed)
-            taken = quadratic._steps(_solver(trial.side, problem, ends, most), setup, TOLERANCE)
+            ends = (-radius, min(radius, bench.TOP) if problem == "lateral" else radius)
+            setup = bench.quadratic(problem, ends, width, batch, trial.seed)
+            taken = bench.steps_to(_solver(trial.side, problem, ends, most), setup, TOLERANCE)
             curves[problem].append((radius, taken))
             metrics[f"steps, {problem}, radius {radius:g}"] = Quantity(taken, "sweeps")
             if radius < JUDGED_FROM or (problem == "bipartite" and radius >= 1):
                 continue  # from radius 1 on the bipartite energy has no minimum
-            plain = quadratic._steps(_solver(OFF, problem, ends, most), setup, TOLERANCE)
+            plain = bench.steps_to(_solver(OFF, problem, ends, most), setup, TOLERANCE)
             saved.append(100 * (1 - (most if taken is None else taken) / (most if plain is None else plain)))
     metrics["steps saved at the worst radius"] = Quantity(min(saved), "%")
     metrics["steps saved, mean over radii"] = Quantity(sum(saved) / len(saved), "%")
@@ -72,25 +70,6 @@ def _solver(side: str, problem: str, ends: tuple[float, float], most: int) -> So
 def _best(rate: Callable[[float, float, float], float], ends: tuple[float, float]) -> tuple[float, float]:
     grid = [(g / 20, a / 20) for g in range(10, 21) for a in range(1, 20)]
     return min(grid, key=lambda p: max(rate(*p, e) for e in ends))
-
-
-def ball_rate(damping: float, alpha: float, eigenvalue: float) -> float:
-    r"""Rate of :math:`a' = (1-\gamma+\gamma e+\gamma\alpha)\,a - \gamma\alpha\,a_{-1}`: the larger root's modulus."""
-    trace, product = 1 - damping + damping * eigenvalue + damping * alpha, damping * alpha
-    root = cmath.sqrt(trace * trace - 4 * product)
-    return max(abs(trace + root), abs(trace - root)) / 2
-
-
-def fading_rate(damping: float, alpha: float, eigenvalue: float) -> float:
-    r"""Rate of :math:`a' = (1-\gamma)\,a + \gamma\,(e\,a + \sum_r\alpha\rho^r a_{-r})/(1+\sum_r\alpha\rho^r)`, with
-    :math:`r = 0 .. R-1`."""
-    weights = [alpha * DECAY**r for r in range(RING)]
-    whole = 1 + sum(weights)
-    companion = torch.zeros(RING, RING, dtype=torch.float64)
-    companion[0] = torch.tensor([damping * w / whole for w in weights], dtype=torch.float64)
-    companion[0, 0] += 1 - damping + damping * eigenvalue / whole
-    companion[1:, :-1] = torch.eye(RING - 1, dtype=torch.float64)
-    return float(torch.linalg.eigvals(companion).abs().max())
 
 
 CLAIM = Claim(
