@@ -107,6 +107,7 @@ def sides() -> dict[str, Callable[[], Trainer]]:
 def test_every_reference_learns_and_resumes_exactly(name: str) -> None:
     build = sides().get(name)
     if build is None:
+        # an extra: the development environment has it, a bare install has not
         pytest.skip("torchdeq is not installed")
     x, y = two_classes(64)
     torch.manual_seed(0)

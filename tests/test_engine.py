@@ -169,6 +169,7 @@ def test_nudged_phases_measure_the_response_only(estimator: Estimator, name: str
     """From a free phase that has not settled, the gradient is still the implicit one at the same state."""
     c = case(name)
     if not estimator.supports(c.dynamics) or not c.smooth:
+        # a field has no energy to contrast, Holomorphic needs an analytic one, and a kink has no linear response
         pytest.skip("not supported, or a kink is crossed")
     free = badly_settled(c, replace(c.solver, tolerance=1e-10))
     last = c.dynamics.names[-1]

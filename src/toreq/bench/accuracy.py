@@ -147,7 +147,7 @@ def _resume(path: Path, trainer: Trainer, settings: str) -> tuple[int, list[dict
         if same:
             trainer.restore(saved["trainer"])
             torch.set_rng_state(saved["rng"])
-    except Exception as error:
+    except Exception as error:  # a damaged file makes torch.load raise anything: named, and raised again
         raise CheckpointError(
             f"learn: expected a state of this side in {path.name}, got {type(error).__name__}; delete it to start anew"
         ) from error

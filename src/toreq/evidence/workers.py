@@ -97,7 +97,7 @@ def _serve(pipe: Any, threads: int) -> None:
             answer: tuple[Any, ...] = ("done", outcome.to_json(), seconds)
         except KeyboardInterrupt:
             return
-        except Exception as error:
+        except Exception as error:  # a protocol may raise anything: the parent records it and the other runs go on
             answer = ("failed", f"{type(error).__name__}: {error}", traceback.format_exc())
         pipe.send(answer)
 

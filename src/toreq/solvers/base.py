@@ -92,6 +92,7 @@ class Solver(ABC):
 
     def select(self, carry: Any, index: Tensor) -> Any:
         """What is carried, for the examples ``index`` only."""
+        # optional for a solver of one's own: only asked for when examples may leave the batch
         raise NotImplementedError(
             f"{type(self).__name__}.select: expected a solver that can drop settled examples, got one that cannot; "
             "define select(carry, index), or set compaction=0"
