@@ -15,7 +15,7 @@ from toreq.core.state import Bindings, State
 from toreq.estimators import Centered, NonConservative, OneSided
 from toreq.estimators.base import CostNudge, FreePhase, LinearNudge, Nudge
 from toreq.estimators.pairs import Paired
-from toreq.solvers import Anderson, Fading, FixedPoint, Relaxation, Solution, Solver, loop
+from toreq.solvers import Anderson, Fading, FixedPoint, Problem, Relaxation, Solution, Solver, loop
 from toreq.solvers.problem import displacement_from, pair_difference, reduced
 from zoo import case
 
@@ -287,3 +287,24 @@ def test_measures_follow_their_examples() -> None:
     moved = displacement_from({"h": torch.rand(6, 4, generator=g, dtype=torch.float64)})
     torch.testing.assert_close(reduced(moved, index)(*few), moved(r, a)[index])
     assert reduced(pair_difference, index) is pair_difference
+
+
+class Plain(Solver):
+    """A solver of one's own that carries nothing and knows nothing of leaving."""
+
+    def begin(self, problem: Problem, a: State, h: State) -> None:
+        return None
+
+    def step(self, problem: Problem, a: State, h: State, carry: None) -> tuple[State, State, State]:
+        new = problem.field(h)
+        return new, problem.activate(new), {n: t - a[n] for n, t in new.items()}
+
+
+def test_a_solver_without_select_keeps_the_whole_batch(departures: Departures) -> None:
+    c = case("tanh_layers")
+    problem = Relaxation(c.dynamics, bindings := bound(c.dynamics, mixed(c.x)))
+    with torch.no_grad():
+        a = c.dynamics.initial(bindings)
+        solver = Plain(max_steps=500, compaction=0.1)
+        same(solver.solve(problem, a), FixedPoint(max_steps=500, compaction=0.0).solve(problem, a))
+    assert not departures.sizes

@@ -37,7 +37,8 @@ class Solver(ABC):
             couplings; float32 energies only (others are relaxed in full).
         compile: run fields and activations through ``torch.compile``; pays for large states only, and the first batches
             of every shape wait for the compiler. Settled examples then stay in the batch, whose shape is compiled.
-        compaction: share of settled examples at which the others go on without them; 0 never drops any.
+        compaction: share of settled examples at which the others go on without them; 0 never drops any, nor does a
+            solver without :meth:`select`.
 
     Raises:
         ConfigError: for a value out of range.
@@ -92,11 +93,15 @@ class Solver(ABC):
 
     def select(self, carry: Any, index: Tensor) -> Any:
         """What is carried, for the examples ``index`` only."""
-        # optional for a solver of one's own: only asked for when examples may leave the batch
+        # optional for a solver of one's own: the loop asks for it only where `drops` says so
         raise NotImplementedError(
             f"{type(self).__name__}.select: expected a solver that can drop settled examples, got one that cannot; "
-            "define select(carry, index), or set compaction=0"
+            "define select(carry, index)"
         )
+
+    def drops(self) -> bool:
+        """Whether settled examples may leave the batch: wanted, possible, and not at the price of compiling anew."""
+        return self.compaction > 0 and not self.compile and type(self).select is not Solver.select
 
     def solve(
         self,

@@ -106,13 +106,8 @@ class Loop:
         return ends
 
     def _compact(self) -> None:
-        size, share = self.done.shape[0], self.solver.compaction
-        if (
-            share == 0
-            or self.solver.compile
-            or self.settled < max(1, share * size)
-            or not isinstance(self.problem, Reducible)
-        ):
+        wanted = max(1, self.solver.compaction * self.done.shape[0])
+        if not self.solver.drops() or self.settled < wanted or not isinstance(self.problem, Reducible):
             return
         if sum(t.numel() for t in self.a.values()) < WORTH_COMPACTING:
             return
