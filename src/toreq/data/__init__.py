@@ -1,9 +1,10 @@
-"""Data sets in memory, index batches, seeded noise and corruptions."""
+"""Data sets in memory, tasks on sequences, index batches, seeded noise and corruptions."""
 
 from toreq.data.audio import Recordings, load_recordings, log_spectrogram
 from toreq.data.batches import Batches, seeded
 from toreq.data.dataset import Dataset, Split, balanced_subset, check_batch
-from toreq.data.registry import load, names
+from toreq.data.registry import load, names, sequence_task, sequence_task_names
+from toreq.data.sequences import Batch, Sequences, SequenceTask
 from toreq.data.synthetic import blob_dataset, blobs, two_moons
 from toreq.data.text import Text, load_text, next_character_windows
 from toreq.data.transforms import (
@@ -19,9 +20,12 @@ from toreq.data.transforms import (
 )
 
 __all__ = [
+    "Batch",
     "Batches",
     "Dataset",
     "Recordings",
+    "SequenceTask",
+    "Sequences",
     "Split",
     "Text",
     "balanced_subset",
@@ -43,6 +47,8 @@ __all__ = [
     "random_shift",
     "salt_and_pepper",
     "seeded",
+    "sequence_task",
+    "sequence_task_names",
     "shift",
     "two_moons",
 ]
