@@ -1,0 +1,1 @@
+"""Protocols that the claims of several systems share, each with its baselines."""

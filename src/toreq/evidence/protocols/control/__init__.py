@@ -1,0 +1,26 @@
+"""Reinforcement learning with equilibrium policies: tasks with pushes and delays, and their backprop twins.
+
+Needs the extra ``rl`` (Gymnasium with MuJoCo, Stable-Baselines3), which is imported when a protocol runs.
+"""
+
+from toreq.evidence.protocols.control.protocol import SPACE, objective, run, side
+from toreq.evidence.protocols.control.tasks import TASKS, Push, Sizes, Task, find
+from toreq.evidence.protocols.control.trunks import SIDES, Forward, Settled, Settling, Trunk, trunk
+
+__all__ = [
+    "SIDES",
+    "SPACE",
+    "TASKS",
+    "Forward",
+    "Push",
+    "Settled",
+    "Settling",
+    "Sizes",
+    "Task",
+    "Trunk",
+    "find",
+    "objective",
+    "run",
+    "side",
+    "trunk",
+]
