@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from toreq.evidence import Claim, Cost, Criterion, Outcome, Picture, Quantity, Trial
+from toreq.evidence import Claim, Cost, Criterion, Outcome, Picture, Quantity, Trial, Tuning
 from toreq.evidence.workers import Done, Job, Report, perform
+from toreq.tuning import Real, Space
 
 OURS, BASE = "ours", "baseline"
 
@@ -31,11 +32,57 @@ def noisy(trial: Trial) -> Outcome:
     return Outcome({"score": Quantity(value, "%")})
 
 
-def note(trial: Trial) -> None:
+def note(trial: Trial, what: str = "") -> None:
     """Append what runs to the file that the environment names."""
     if "EVIDENCE_LOG" in os.environ:
         with open(os.environ["EVIDENCE_LOG"], "a", encoding="utf-8") as log:
-            log.write(f"{trial.side} {trial.seed}\n")
+            log.write(f"{trial.side} {what or trial.seed}\n")
+
+
+BEST = {OURS: 0.8, BASE: 0.2}
+"""Where the objective of `tuned_score` has its maximum."""
+
+
+def tuned_score(trial: Trial) -> Outcome:
+    """100, less the distance of what was tuned from where it is best."""
+    note(trial)
+    return Outcome({"score": Quantity(100.0 - abs(float(trial.tuned["x"] or 0.0) - BEST[trial.side]), "%")})
+
+
+def objective(trial: Trial, params: Mapping[str, Any]) -> float:
+    """Largest at `BEST`, with a little noise of the global generators, which must be the same in every order."""
+    import torch
+
+    note(trial, "trial")
+    assert trial.scratch.is_dir()
+    assert not list(trial.scratch.iterdir())
+    (trial.scratch / "checkpoint").touch()
+    return -abs(params["x"] - BEST[trial.side]) + 1e-3 * float(torch.rand(()))
+
+
+def dying(trial: Trial, params: Mapping[str, Any]) -> float:
+    """The worker dies at first, in the second trial of the search."""
+    been = trial.scratch.parent / "been"
+    if trial.scratch.name == "trial-1" and not been.exists():
+        been.touch()
+        os._exit(9)
+    return objective(trial, params)
+
+
+def diverges(trial: Trial, params: Mapping[str, Any]) -> float:
+    """No number for the baseline."""
+    from toreq.errors import DivergenceError
+
+    if trial.side == BASE:
+        raise DivergenceError("it grew without bound")
+    return objective(trial, params)
+
+
+def tuning(run: Callable[[Trial, Mapping[str, Any]], float] = objective, **changes: Any) -> Tuning:
+    """Six trials for each of both sides."""
+    space = Space({"x": Real(0.0, 1.0)})
+    fields: dict[str, Any] = {"objective": run, "spaces": {OURS: space, BASE: space}, "trials": 6}
+    return Tuning(**{**fields, **changes})
 
 
 def mishaps(trial: Trial) -> Outcome:
@@ -94,5 +141,5 @@ class Inline:
         for number, job in enumerate(jobs):
             if number == self.stop_after:
                 raise KeyboardInterrupt
-            outcome, seconds = perform(job.claim.run, job.trial, 1)
+            outcome, seconds = perform(job.protocol, job.trial, 1)
             done(job, Report(outcome, seconds, 1))

@@ -23,11 +23,12 @@ RANK = {
     "layer": 5,
     "systems": 6,
     "training": 7,
-    "diagnostics": 8,
-    "evidence": 8,
-    "bench": 8,
-    "export": 8,
-    "cli": 9,
+    "tuning": 8,
+    "diagnostics": 9,
+    "evidence": 9,
+    "bench": 9,
+    "export": 9,
+    "cli": 10,
 }
 DATA_MAY_IMPORT = {"torch", "numpy", "pooch", "PIL"}
 # `toreq.data` is beside the chain: the network code does not know about data sets.

@@ -32,7 +32,8 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Claim], dict[tu
         if one.id not in kept:
             kept[one.id] = {}
             for side in one.sides:
-                trial = Trial(SMOKE, side, 0, "cpu", tmp_path_factory.mktemp("scratch"))
+                tuned = {} if one.tuning is None else one.tuning.start.get(side, {})
+                trial = Trial(SMOKE, side, 0, "cpu", tmp_path_factory.mktemp("scratch"), tuned)
                 kept[one.id][side, 0] = perform(one.run, trial, 1)[0]
         return kept[one.id]
 

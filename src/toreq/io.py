@@ -76,6 +76,15 @@ def atomic_write_json(path: str | os.PathLike[str], value: Any, *, indent: int |
     atomic_write_text(path, text)
 
 
+def set_aside(file: Path, why: str) -> Path:
+    """Rename a file to the first free ``NAME.WHY-N`` beside it and return that path."""
+    number = 1
+    while (kept := file.with_name(f"{file.name}.{why}-{number}")).exists():
+        number += 1
+    file.rename(kept)
+    return kept
+
+
 def _publish(temporary: Path, target: Path) -> None:
     _sync(temporary)
     os.replace(temporary, target)

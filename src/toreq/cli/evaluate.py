@@ -41,7 +41,9 @@ class Eval:
         kept = config.limit_test if self.data in (None, config.data) else None
         limit = kept if self.limit_test is None else self.limit_test
         # The training part is not used, so one example of it is enough.
-        config = dataclasses.replace(config, data=self.data or config.data, limit_train=1, limit_test=limit)
+        config = dataclasses.replace(
+            config, data=self.data or config.data, limit_train=1, limit_test=limit, holdout=None
+        )
         found = training.prepare(config, "cpu")
         expected = (run.net.num_classes, run.net.input_shape)
         if (found.num_classes, found.input_shape) != expected:

@@ -1,7 +1,7 @@
 """Evidence: the claims about this library, the protocols that settle them, and the page that shows the results."""
 
 from toreq.evidence.budgets import BUDGETS, Budget
-from toreq.evidence.claim import Claim, Cost, Criterion, Outcome, Picture, Quantity, Trial
+from toreq.evidence.claim import Claim, Cost, Criterion, Outcome, Picture, Quantity, Trial, Tuning
 from toreq.evidence.registry import claim, claims
 from toreq.evidence.runner import run
 from toreq.evidence.statistics import Interval, interval, paired, standing
@@ -18,6 +18,7 @@ __all__ = [
     "Picture",
     "Quantity",
     "Trial",
+    "Tuning",
     "claim",
     "claims",
     "interval",

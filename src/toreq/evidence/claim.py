@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from toreq.errors import ConfigError, nearest
 from toreq.evidence.budgets import Budget
+from toreq.tuning import Space, Tuned
+from toreq.tuning.space import Value
 
 Direction = Literal["at_least", "at_most", "between"]
 Scale = Literal["linear", "log"]
@@ -42,13 +44,15 @@ class Cost:
 class Outcome:
     """What a protocol returns for one budget, side, seed and device.
 
-    ``curves`` map a name to points (x, y), y None where there is no number.
+    ``curves`` map a name to points (x, y), y None where there is no number. ``search`` is what a tuning job found; None
+    for every other one.
     """
 
     metrics: Mapping[str, Quantity]
     curves: Mapping[str, Points] = field(default_factory=dict)
     cost: Cost = Cost()
     notes: tuple[str, ...] = ()
+    search: Tuned | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The outcome as JSON-able values."""
@@ -57,6 +61,7 @@ class Outcome:
             "curves": {name: [list(point) for point in points] for name, points in self.curves.items()},
             "cost": {"parameters": self.cost.parameters, "flops": self.cost.flops, "samples": self.cost.samples},
             "notes": list(self.notes),
+            **({} if self.search is None else {"search": self.search.to_json()}),
         }
 
     @classmethod
@@ -67,6 +72,7 @@ class Outcome:
             curves={name: [(x, y) for x, y in points] for name, points in values["curves"].items()},
             cost=Cost(**values["cost"]),
             notes=tuple(values["notes"]),
+            search=Tuned.from_json(values["search"]) if "search" in values else None,
         )
 
 
@@ -80,6 +86,7 @@ class Trial:
         seed: of weights, data order and noise; the same for all sides.
         device: a torch device.
         scratch: a folder of this trial alone, kept after an interruption, so that a long protocol can go on from there.
+        tuned: the side's tuned parameters, where the claim tunes it; empty otherwise.
     """
 
     budget: Budget
@@ -87,9 +94,74 @@ class Trial:
     seed: int
     device: str
     scratch: Path
+    tuned: Mapping[str, Value] = field(default_factory=dict)
 
 
 Protocol = Callable[[Trial], Outcome]
+TUNING_SEED = 10_000
+"""The seed of tuning, apart from those that are evaluated."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How every side of a claim is tuned: by the same objective, in the same number of trials.
+
+    Args:
+        objective: (trial, parameters) -> a number from held-out training data, never from the test data. A function at
+            the top level of a module, as the protocol; its scratch folder is the search trial's own, and survives an
+            interruption.
+        spaces: side -> what is searched; all of one size.
+        trials: of every side, at least 1; two of them at a smoke budget.
+        start: side -> a point to try first, as the settings that a method ships with.
+        untuned: side -> why there is nothing to tune.
+        direction: ``maximize`` or ``minimize``.
+        seed: of searches and of the trials in them, apart from the seeds that are evaluated.
+
+    Raises:
+        ConfigError: no side, spaces of different size, or a start outside its space.
+    """
+
+    objective: Callable[[Trial, Mapping[str, Value]], float]
+    spaces: Mapping[str, Space]
+    trials: int
+    start: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
+    untuned: Mapping[str, str] = field(default_factory=dict)
+    direction: Literal["maximize", "minimize"] = "maximize"
+    seed: int = TUNING_SEED
+
+    def __post_init__(self) -> None:
+        if not self.spaces or self.trials < 1:
+            raise ConfigError(
+                f"Tuning: expected a space for some side and at least one trial, got {len(self.spaces)} and "
+                f"{self.trials}; give them"
+            )
+        sizes = {side: space.size for side, space in self.spaces.items()}
+        (first, size), *others = sizes.items()
+        for side, other in others:
+            if other != size:
+                raise ConfigError(
+                    f"Tuning: expected spaces of one size for all sides, got {size} for {first!r} and {other} for "
+                    f"{side!r}; give every side as much to tune"
+                )
+        for side, point in self.start.items():
+            if side not in self.spaces:
+                raise ConfigError(f"Tuning: expected a start of a tuned side, got {side!r}; {nearest(side, sizes)}")
+            self.spaces[side].check(point)
+
+    def count(self, budget: Budget) -> int:
+        """Trials of each side at a budget."""
+        return self.trials if budget.conclusive else min(2, self.trials)
+
+    def describe(self) -> dict[str, Any]:
+        """What makes results stale when it changes."""
+        return {
+            "spaces": {side: space.describe() for side, space in sorted(self.spaces.items())},
+            "start": {side: dict(point) for side, point in sorted(self.start.items())},
+            "untuned": sorted(self.untuned),
+            "trials": self.trials,
+            "direction": self.direction,
+            "seed": self.seed,
+        }
 
 
 @dataclass(frozen=True)
@@ -192,6 +264,7 @@ class Claim:
         exclusive: timing and memory claims run with nothing beside them.
         printed: metrics that every outcome of the judged sides must hold (radius, accuracy with couplings off).
         version: raised when the protocol changes in a way that its words do not show.
+        tuning: how the sides are tuned before they are run; None for a claim with nothing to tune.
     """
 
     id: str
@@ -206,8 +279,16 @@ class Claim:
     exclusive: bool = False
     printed: tuple[str, ...] = ()
     version: int = 1
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
+        if self.tuning is not None:
+            named = [*self.tuning.spaces, *self.tuning.untuned]
+            if sorted(named) != sorted(self.sides):
+                raise ConfigError(
+                    f"Claim {self.id}: expected each of the sides {sorted(self.sides)} either in a space of the tuning "
+                    f"or among the untuned ones, got {sorted(named)}; name all, each once"
+                )
         for criterion in self.criteria:
             for side in (criterion.side, *criterion.versus, *criterion.beside):
                 if side not in self.sides:
@@ -223,7 +304,7 @@ class Claim:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that change with criteria, protocol text, sides and version."""
+        """Sixteen hexadecimal digits that change with criteria, protocol text, sides, version and tuning."""
         described = {
             "criteria": [
                 {name: getattr(c, name) for name in sorted(vars(c)) if name not in ("words", "beside")}
@@ -233,6 +314,7 @@ class Claim:
             "sides": sorted(self.sides),
             "printed": sorted(self.printed),
             "version": self.version,
+            **({} if self.tuning is None else {"tuning": self.tuning.describe()}),
         }
         text = json.dumps(described, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]

@@ -78,7 +78,7 @@ class Ray:
             while waiting or running:
                 while waiting and len(running) < self.jobs:
                     job = waiting.pop(0)
-                    running[task.remote(job.claim.run, job.trial, self.threads)] = job
+                    running[task.remote(job.protocol, job.trial, self.threads)] = job
                 (ready,), _ = ray.wait(list(running), num_returns=1)
                 job = running.pop(ready)
                 done(job, self._report(ready))

@@ -9,7 +9,20 @@ from pathlib import Path
 from toreq.diagnostics import html
 from toreq.diagnostics.plots import Theme
 from toreq.evidence.pictures import picture, svg
-from toreq.evidence.report import Entry, baselines, between, judged, number, ours, target, verdict
+from toreq.evidence.report import (
+    GIVEN,
+    TUNED,
+    Entry,
+    baselines,
+    between,
+    given,
+    judged,
+    ours,
+    target,
+    tuned,
+    tuning_notes,
+    verdict,
+)
 from toreq.io import atomic_write_text
 
 TITLE = "Evidence"
@@ -19,6 +32,7 @@ LEAD = (
 )
 MARKS = {"holds": "✓", "fails": "✗", "not settled": "?", "stale": "↻", "not run": "–"}
 AIMS = {"holds": "yes", "fails": "no", "not settled": "not settled"}
+TUNING = "Every side was tuned by the same search before it was run, on held-out training data:"
 THEMES: tuple[Theme, ...] = ("light", "dark")
 STYLE = """<style>
 table.cards td.text, table.cards th { white-space: normal; }
@@ -51,7 +65,6 @@ CRITERIA = (
     "verdict",
     "aim reached",
 )
-SPENT = ("side", "what it is", "parameters", "FLOPs", "samples", "seconds")
 
 
 def write(entries: Sequence[Entry], out: Path) -> list[Path]:
@@ -114,23 +127,6 @@ def _criteria(entry: Entry) -> list[list[str]]:
     ]
 
 
-def _spent(entry: Entry) -> list[list[str]]:
-    if entry.result is None:
-        return []
-    rows = []
-    for side, what in entry.claim.sides.items():
-        runs = [run for (name, _), run in sorted(entry.result.runs.items()) if name == side]
-        if not runs:
-            rows.append([side, what, *["no run"] * 4])
-            continue
-        cost = runs[0]["outcome"].cost
-        seconds = sum(run["seconds"] for run in runs) / len(runs)
-        counts = ["-" if v is None else f"{v:,}" for v in (cost.parameters, cost.samples)]
-        flops = "-" if cost.flops is None else f"{cost.flops:.2e}"
-        rows.append([side, what, counts[0], flops, counts[1], number(seconds, 3)])
-    return rows
-
-
 def _remarks(entry: Entry) -> list[str]:
     """What a reader must know before trusting the numbers."""
     said = []
@@ -143,6 +139,7 @@ def _remarks(entry: Entry) -> list[str]:
     if entry.result is not None:
         for (side, seed), why in sorted(entry.result.failures.items()):
             said.append(f"Failed to run: {side}, seed {seed}: {why['reason']}.")
+        said += [f"Note: {note}." for note in tuning_notes(entry.result)]
         notes = [note for outcome in entry.result.outcomes.values() for note in outcome.notes]
         said += [f"Note: {note}." for note in dict.fromkeys(n.rstrip(".") for n in notes)]
     said += [f"At the {name} budget: {text}." for name, text in entry.others.items()]
@@ -185,9 +182,12 @@ def as_html(entries: Sequence[Entry], drawn: dict[str, dict[Theme, str]]) -> str
         body.append(html.table(CRITERIA, _criteria(entry), text=(0, 1, 3, 7)))
         body.append(html.commands([entry.command]))
         protocol = " ".join(entry.claim.protocol.split())
-        body.append(f"<details><summary>Protocol and sides</summary><p>{escape(protocol)}</p>")
-        if _spent(entry):
-            body.append(html.table(SPENT, _spent(entry), text=(0, 1)))
+        body.append(f"<details><summary>Protocol, sides and what each was given</summary><p>{escape(protocol)}</p>")
+        if entry.result is not None:
+            body.append(html.table(GIVEN, given(entry.claim, entry.result), text=(0, 1)))
+            if entry.claim.tuning is not None:
+                body.append(f"<p>{escape(TUNING)}</p>")
+                body.append(html.table(TUNED, tuned(entry.claim, entry.result), text=(0, 1, 2, 4)))
         body.append(f'<p class="soft">{escape(_made(entry))}</p></details></section>')
     return html.page(TITLE, body)
 
@@ -207,7 +207,10 @@ def as_markdown(entries: Sequence[Entry], drawn: dict[str, dict[Theme, str]]) ->
         lines += ["", *_table(CRITERIA, _criteria(entry)), "", f"    {entry.command}", ""]
         lines += [_plain(" ".join(entry.claim.protocol.split())), ""]
         if entry.result is not None:
-            lines += [*_table(SPENT, _spent(entry)), "", f"Made with {_plain(_made(entry))}.", ""]
+            lines += [*_table(GIVEN, given(entry.claim, entry.result)), ""]
+            if entry.claim.tuning is not None:
+                lines += [TUNING, "", *_table(TUNED, tuned(entry.claim, entry.result)), ""]
+            lines += [f"Made with {_plain(_made(entry))}.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +19,10 @@ from toreq.evidence.store import Result
 from toreq.evidence.verdicts import Finding, Judgement
 
 NOT_RUN, STALE = "not run", "stale"
+GIVEN = ("side", "what it is", "parameters", "FLOPs", "samples", "seconds")
+"""What `given` tells: operations and samples of a whole run, seconds the mean over seeds."""
+TUNED = ("side", "tuned values", "searched", "trials", "size of the search", "value", "seconds")
+"""What `tuned` tells."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,62 @@ def verdict(finding: Finding) -> str:
     return text
 
 
+def count(value: float | None) -> str:
+    """A large number with three digits and the prefix of its size, as in 14.2 T; a dash for None."""
+    if value is None:
+        return "-"
+    prefixes = ("", "k", "M", "G", "T", "P", "E")
+    step = 0 if value < 1 else min(int(math.log10(value) / 3), len(prefixes) - 1)
+    return f"{value / 1000**step:.3g} {prefixes[step]}".strip()
+
+
+def given(claim: Claim, result: Result) -> list[list[str]]:
+    """One row for each side: what it was given."""
+    rows = []
+    for side, what in claim.sides.items():
+        runs = [run for (name, _), run in sorted(result.runs.items()) if name == side]
+        if not runs:
+            rows.append([side, what, *["no run"] * 4])
+            continue
+        cost = runs[0]["outcome"].cost
+        seconds = sum(run["seconds"] for run in runs) / len(runs)
+        counts = ["-" if v is None else f"{v:,}" for v in (cost.parameters, cost.samples)]
+        rows.append([side, what, counts[0], count(cost.flops), counts[1], number(seconds, 3)])
+    return rows
+
+
+def tuned(claim: Claim, result: Result) -> list[list[str]]:
+    """One row for each side of a claim that tunes: what was searched and found."""
+    if claim.tuning is None:
+        return []
+    rows = []
+    for side in claim.sides:
+        found = result.tuning.get(side)
+        if found is None:
+            rows.append([side, claim.tuning.untuned.get(side, "not tuned yet"), *["-"] * 5])
+            continue
+        trials = f"{len(found.trials)}" + (f", {found.failed} failed" if found.failed else "")
+        searched = "; ".join(f"{name}: {span}" for name, span in found.space.items())
+        rows.append(
+            [side, settings(found.best), searched, trials, found.size, number(found.value), number(found.seconds, 3)]
+        )
+    return rows
+
+
+def settings(params: Mapping[str, Any]) -> str:
+    """Parameters in a line."""
+    return ", ".join(f"{k} {number(v) if isinstance(v, float) else v}" for k, v in params.items())
+
+
+def tuning_notes(result: Result) -> list[str]:
+    """The sides whose best value lies at an end of its range, where a larger range might have done better."""
+    return [
+        f"the best {' and '.join(found.at_edge)} of {side} lies at an end of its range"
+        for side, found in sorted(result.tuning.items())
+        if found.at_edge
+    ]
+
+
 def show_list(results: Path, console: Console) -> None:
     """Print the claims with their verdicts."""
     table = Table(title="claims", show_lines=True)
@@ -162,10 +224,25 @@ def show_verdicts(found: Sequence[Result], console: Console) -> None:
         for f in judgement.findings:
             table.add_row(f.name, f.claimed, ours(f), baselines(f), judged(f), between(f), verdict(f))
         console.print(table)
+        one = claim(result.claim)
+        _show(console, f"{result.claim}: what each side was given", GIVEN, given(one, result))
+        if one.tuning is not None:
+            _show(console, f"{result.claim}: how each side was tuned", TUNED, tuned(one, result))
+        for note in tuning_notes(result):
+            console.print(f"{result.claim}: {note}", markup=False, soft_wrap=True)
         for reason in judgement.reasons:
             console.print(f"{result.claim}: {reason}", markup=False, soft_wrap=True)
         for (side, seed), why in sorted(result.failures.items()):
             console.print(f"{result.claim} {side}, seed {seed} failed: {why['reason']}", markup=False, soft_wrap=True)
+
+
+def _show(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def write_report(results: Path, out: Path) -> list[Path]:

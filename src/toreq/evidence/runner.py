@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import time
@@ -64,6 +65,8 @@ def run(
 ) -> list[Result]:
     """Run claims at a budget and return their results; runs that a file in ``results`` holds already are kept.
 
+    Sides that are tuned are tuned first, each in a job of its own, and then run with what was found.
+
     Args:
         names: ids of claims, or claims; all of them when empty.
         budget: ``smoke``, ``quick`` or ``full``.
@@ -73,7 +76,7 @@ def run(
         results: folder of the results.
         scheduler_name: ``local`` or ``ray``.
         device: where the protocols compute.
-        again: run finished jobs anew.
+        again: run finished jobs anew, searches included.
         console: where progress is shown.
         command: what was typed, for the message after Ctrl-C; results record a command that has no local paths in it.
 
@@ -98,6 +101,9 @@ def run(
         session.open(claim, seeds, again)
         session.commands[claim.id] = shlex.join(["toreq", "evidence", "run", claim.id, *flags])
     with session:
+        if session.searches:
+            shared.run(session.searches, session.done)
+        session.hand_over()
         # timing and memory claims come last, one after the other, with nothing beside them
         together = [job for job in session.todo if not job.claim.exclusive]
         if together:
@@ -117,9 +123,10 @@ class _Session:
         self.command, self.commands = command, dict[str, str]()
         self.commit, self.environment = commit(), environment(torch.device(device))
         self.results: dict[str, Result] = {}
+        self.searches: list[Job] = []
         self.todo: list[Job] = []
         self.finished: set[int] = set()  # ids of the jobs that have ended
-        self.seconds: dict[tuple[str, str], list[float]] = {}
+        self.seconds: dict[tuple[str, str, bool], list[float]] = {}
         self.started = time.perf_counter()
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -146,6 +153,8 @@ class _Session:
         if result is None:
             result = Result(claim.id, self.budget.name, claim.fingerprint)
         self.results[claim.id] = result
+        self._plan_searches(claim, result, again)
+        result.forget_untuned(claim)
         count = seeds if seeds is not None else claim.seeds if self.budget.conclusive else 1
         for seed in range(count):
             for side in claim.sides:
@@ -153,12 +162,44 @@ class _Session:
                     where = store.scratch(self.folder, claim, self.budget.name, side, seed).resolve()
                     self.todo.append(Job(claim, Trial(self.budget, side, seed, self.device, where)))
                 else:
-                    self.seconds.setdefault((claim.id, side), []).append(result.runs[side, seed]["seconds"])
+                    self._took(claim, side, False, result.runs[side, seed]["seconds"])
+
+    def _plan_searches(self, claim: Claim, result: Result, again: bool) -> None:
+        if claim.tuning is None:
+            return
+        for side in claim.tuning.spaces:
+            if side in result.tuning and not again:
+                self._took(claim, side, True, result.tuning[side].seconds)
+                continue
+            where = store.scratch(self.folder, claim, self.budget.name, side, "tuning").resolve()
+            trial = Trial(self.budget, side, claim.tuning.seed, self.device, where)
+            self.searches.append(Job(claim, trial, tunes=True))
+
+    def hand_over(self) -> None:
+        """Give the runs what the searches found; those of a side whose search failed are left out."""
+        found: list[Job] = []
+        for job in self.todo:
+            tuning, side = job.claim.tuning, job.trial.side
+            if tuning is None or side in tuning.untuned:
+                found.append(job)
+            elif side in self.results[job.claim.id].tuning:
+                best = self.results[job.claim.id].tuning[side].best
+                where = store.tuned_scratch(job.trial.scratch, best)
+                found.append(dataclasses.replace(job, trial=dataclasses.replace(job.trial, tuned=best, scratch=where)))
+        self.todo = found
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All jobs of this session, searches first."""
+        return self.searches + self.todo
+
+    def _took(self, claim: Claim, side: str, tunes: bool, seconds: float) -> None:
+        self.seconds.setdefault((claim.id, side, tunes), []).append(seconds)
 
     def __enter__(self) -> _Session:
         store.prepare_scratch(self.folder)
         self.progress.start()
-        self.task = self.progress.add_task("evidence", total=len(self.todo), left="")
+        self.task = self.progress.add_task("evidence", total=len(self.jobs), left="")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -166,7 +207,7 @@ class _Session:
         if isinstance(error, KeyboardInterrupt):
             again = f"; go on with: {self.command}" if self.command else "; the same call goes on"
             raise ToreqError(
-                f"stopped after {len(self.finished)} of {len(self.todo)} runs, which are kept{again}"
+                f"stopped after {len(self.finished)} of {len(self.jobs)} runs, which are kept{again}"
             ) from error
 
     def done(self, job: Job, report: Report) -> None:
@@ -176,18 +217,27 @@ class _Session:
         result.failures.pop(key, None)
         if report.outcome is None:
             result.failures[key] = {
-                "reason": report.reason,
+                "reason": f"tuning: {report.reason}" if job.tunes else report.reason,
                 "exit_code": report.exit_code,
                 "attempts": report.attempts,
             }
+            if job.tunes:
+                result.tuning.pop(trial.side, None)
+                result.forget_untuned(claim)
+        elif job.tunes:
+            assert report.outcome.search is not None
+            result.tuning[trial.side] = report.outcome.search
+            result.forget_untuned(claim)
         else:
             result.runs[key] = {
                 "outcome": report.outcome,
                 "seconds": report.seconds,
                 "attempts": report.attempts,
                 "commit": self.commit,
+                **({} if claim.tuning is None else {"tuned": dict(trial.tuned)}),
             }
-            self.seconds.setdefault((claim.id, trial.side), []).append(report.seconds)
+        if report.outcome is not None:
+            self._took(claim, trial.side, job.tunes, report.seconds)
         result.command, result.commit = self.commands[claim.id], self.commit
         result.environment = self.environment
         store.save(self.folder, claim, result)
@@ -198,24 +248,24 @@ class _Session:
 
     def _say(self, job: Job, report: Report) -> None:
         left = self._left()
-        self.progress.update(self.task, completed=len(self.finished), left=left)
+        self.progress.update(self.task, completed=len(self.finished), total=len(self.jobs), left=left)
         how = f"{report.seconds:.1f} s" if report.outcome is not None else f"failed: {report.reason}"
-        line = f"{job.claim.id} {job.trial.side}, seed {job.trial.seed}: {how}"
-        self.console.print(f"{line}  ({len(self.finished)} of {len(self.todo)}{left})", soft_wrap=True, markup=False)
+        line = f"{job.name}: {how}"
+        self.console.print(f"{line}  ({len(self.finished)} of {len(self.jobs)}{left})", soft_wrap=True, markup=False)
 
     def _left(self) -> str:
         """The time left: what the runs yet to come took in other seeds, at the pace of this session."""
         known = [s for taken in self.seconds.values() for s in taken]
-        if not known or len(self.finished) == len(self.todo):
+        if not known or len(self.finished) == len(self.jobs):
             return ""
         mean = sum(known) / len(known)
 
         def expected(job: Job) -> float:
-            taken = self.seconds.get((job.claim.id, job.trial.side), [])
+            taken = self.seconds.get((job.claim.id, job.trial.side, job.tunes), [])
             return sum(taken) / len(taken) if taken else mean
 
-        ahead = sum(expected(j) for j in self.todo if id(j) not in self.finished)
-        behind = sum(expected(j) for j in self.todo if id(j) in self.finished)
+        ahead = sum(expected(j) for j in self.jobs if id(j) not in self.finished)
+        behind = sum(expected(j) for j in self.jobs if id(j) in self.finished)
         if behind <= 0:
             return ""
         seconds = ahead * (time.perf_counter() - self.started) / behind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -15,7 +16,8 @@ from toreq.errors import DataError
 from toreq.evidence import budgets
 from toreq.evidence.claim import Claim, Outcome
 from toreq.evidence.verdicts import Judgement, judge
-from toreq.io import atomic_write_json
+from toreq.io import atomic_write_json, set_aside
+from toreq.tuning import Tuned
 
 FORMAT = "toreq-evidence"
 RESULTS = Path("evidence/results")
@@ -30,7 +32,8 @@ class Result:
         claim, budget: what it is a result of.
         fingerprint: of the protocol that the runs followed.
         runs: (side, seed) -> outcome, seconds, attempts, commit.
-        failures: (side, seed) -> reason, exit_code, attempts.
+        failures: (side, seed) -> reason, exit_code, attempts; a tuning that failed has the seed of the tuning.
+        tuning: side -> what its tuning found.
         command, commit, environment: of the latest run.
     """
 
@@ -38,6 +41,7 @@ class Result:
     budget: str
     fingerprint: str
     runs: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    tuning: dict[str, Tuned] = field(default_factory=dict)
     failures: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     command: str = ""
     commit: str | None = None
@@ -50,8 +54,15 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all runs together, one after the other."""
-        return sum(run["seconds"] for run in self.runs.values())
+        """Seconds of all runs and searches together, one after the other."""
+        return sum(run["seconds"] for run in self.runs.values()) + sum(t.seconds for t in self.tuning.values())
+
+    def forget_untuned(self, claim: Claim) -> None:
+        """Drop runs that were not made with the parameters that their side's tuning found."""
+        if claim.tuning is None:
+            return
+        best = {side: found.best for side, found in self.tuning.items()} | {side: {} for side in claim.tuning.untuned}
+        self.runs = {key: run for key, run in self.runs.items() if run.get("tuned") == best.get(key[0])}
 
     def stale(self, claim: Claim) -> bool:
         """Whether the claim's protocol has changed since these runs."""
@@ -79,6 +90,7 @@ class Result:
             "environment": self.environment,
             "seconds": self.seconds,
             "fingerprint": self.fingerprint,
+            **({} if claim.tuning is None else {"tuning": {s: t.to_json() for s, t in sorted(self.tuning.items())}}),
             "failures": [{"side": s, "seed": n, **why} for (s, n), why in sorted(self.failures.items())],
             "runs": [
                 {"side": s, "seed": n, **{k: v for k, v in run.items() if k != "outcome"}, **run["outcome"].to_json()}
@@ -136,26 +148,33 @@ def _parse(values: Any, claim: str, budget: str) -> Result:
             "seconds": float(run["seconds"]),
             "attempts": int(run["attempts"]),
             "commit": run["commit"],
+            **({"tuned": dict(run["tuned"])} if "tuned" in run else {}),
         }
+    result.tuning = {str(side): Tuned.from_json(found) for side, found in values.get("tuning", {}).items()}
     for failure in values["failures"]:
         why: Mapping[str, Any] = {key: failure[key] for key in ("reason", "exit_code", "attempts")}
         result.failures[str(failure["side"]), int(failure["seed"])] = dict(why)
     return result
 
 
-def set_aside(file: Path, why: str) -> Path:
-    """Rename a file to the first free ``NAME.WHY-N`` beside it and return that path."""
-    number = 1
-    while (kept := file.with_name(f"{file.name}.{why}-{number}")).exists():
-        number += 1
-    file.rename(kept)
-    return kept
+def scratch(results: Path, claim: Claim, budget: str, side: str, seed: int | str) -> Path:
+    """The scratch folder of one run, or with ``"tuning"`` for the seed that of a side's tuning.
 
-
-def scratch(results: Path, claim: Claim, budget: str, side: str, seed: int) -> Path:
-    """The scratch folder of one run; a changed protocol gets another one, so that nothing old is continued."""
+    A changed protocol gets another one, so that nothing old is continued.
+    """
     name = re.sub(r"[^A-Za-z0-9]+", "-", side).strip("-")
-    return results / SCRATCH / f"{claim.id}-{budget}-{claim.fingerprint}" / f"{name}-seed{seed}"
+    return (
+        results
+        / SCRATCH
+        / f"{claim.id}-{budget}-{claim.fingerprint}"
+        / f"{name}-{seed if isinstance(seed, str) else f'seed{seed}'}"
+    )
+
+
+def tuned_scratch(folder: Path, tuned: Mapping[str, Any]) -> Path:
+    """The scratch folder of a run with tuned parameters: with others it must not go on where it was."""
+    told = json.dumps(dict(tuned), sort_keys=True)
+    return folder.with_name(f"{folder.name}-{hashlib.sha256(told.encode('utf-8')).hexdigest()[:8]}")
 
 
 def prepare_scratch(results: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import multiprocessing
 import os
 import signal
@@ -18,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from toreq.evidence.claim import Claim, Outcome, Trial
+from toreq.evidence.tuning import tune_side
 from toreq.hardware import reuse_freed_memory
 
 ATTEMPTS = 2
@@ -27,10 +30,25 @@ GRACE = 20.0
 
 @dataclass(frozen=True)
 class Job:
-    """One trial of a claim."""
+    """One trial of a claim, or with ``tunes`` the search for the parameters of its side."""
 
     claim: Claim
     trial: Trial
+    tunes: bool = False
+
+    @property
+    def protocol(self) -> Callable[[Trial], Outcome]:
+        """What is run, in a form that can be sent to another process."""
+        if not self.tunes:
+            return self.claim.run
+        assert self.claim.tuning is not None
+        return functools.partial(tune_side, self.claim.tuning)
+
+    @property
+    def name(self) -> str:
+        """What is said of it: its claim, side and seed."""
+        seed = "tuning" if self.tunes else f"seed {self.trial.seed}"
+        return f"{self.claim.id} {self.trial.side}, {seed}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +96,7 @@ def perform(protocol: Callable[[Trial], Outcome], trial: Trial, threads: int) ->
         outcome = protocol(trial)
     said = dict.fromkeys(f"{w.category.__name__}: {w.message}" for w in caught)
     notes = (*outcome.notes, *said)
-    return Outcome(outcome.metrics, outcome.curves, outcome.cost, notes), time.perf_counter() - started
+    return dataclasses.replace(outcome, notes=notes), time.perf_counter() - started
 
 
 def _serve(pipe: Any, threads: int) -> None:
@@ -121,7 +139,7 @@ class _Worker:
 
     def give(self, job: Job, attempts: int) -> None:
         self.job, self.attempts, self.started = job, attempts, time.perf_counter()
-        self.pipe.send((job.claim.run, job.trial))
+        self.pipe.send((job.protocol, job.trial))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from toreq.training.build import build, trained_module
 from toreq.training.config import TrainConfig
-from toreq.training.data import Prepared, prepare
+from toreq.training.data import Prepared, hold_out, prepare
 from toreq.training.evaluation import Evaluation, evaluate, radius
 from toreq.training.interrupt import Interrupted
 from toreq.training.loop import resume, train
@@ -20,6 +20,7 @@ __all__ = [
     "build",
     "config_for",
     "evaluate",
+    "hold_out",
     "load_run",
     "prepare",
     "radius",

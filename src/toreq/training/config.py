@@ -23,6 +23,8 @@ class TrainConfig:
 
     `side` says how the gradient is made: `eqprop` by the system's own estimator, `bp-eq` by the implicit gradient
     through the same equilibrium, `bp-ff` by plain backprop through the feed-forward twin of the same widths.
+    `holdout` training examples, balanced over the classes and the same for every seed, are not trained on and take the
+    place of the test data, which then are not looked at (for tuning); `limit_train` counts the examples trained on.
     `set` holds the options of the system (`toreq.systems.options(name)`), and may hold `solver` and `estimator`.
 
     The learning rate rises linearly over `warmup` steps (a fraction of the run in [0, 1)) and then is constant, or
@@ -41,6 +43,7 @@ class TrainConfig:
     seed: int = 0
     limit_train: int | None = None
     limit_test: int | None = None
+    holdout: int | None = None
     batch_size: int = 128
     learning_rate: float = 1e-3
     optimizer: str = "adam"
@@ -76,9 +79,11 @@ class TrainConfig:
             self._integer(name, 1)
         self._integer("seed", 0)
         self._integer("shift", 0)
-        for name in ("limit_train", "limit_test", "threads"):
+        for name in ("limit_train", "limit_test", "holdout", "threads"):
             if getattr(self, name) is not None:
                 self._integer(name, 1)
+        if self.holdout is not None and self.limit_test is not None:
+            self._refuse("limit_test", "None beside a holdout, which stands in for the test data", "leave one out")
         self._number("learning_rate", 0.0, math.inf, open_low=True)
         for name in ("weight_decay", "checkpoint_every"):
             self._number(name, 0.0, math.inf)
