@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import io
@@ -85,13 +86,15 @@ _CIFAR10_LICENCE = "no licence stated; cite A. Krizhevsky, Learning Multiple Lay
 def load_mnist(root: str | os.PathLike[str] | None = None) -> Dataset:
     """Return MNIST from the files inside the package; `root` is not needed and not used."""
     del root
-    folder = resources.files("toreq.data") / "mnist"
+    return _from_idx("mnist", _bundled, "CC BY-SA 3.0, copyright Yann LeCun and Corinna Cortes")
 
-    def read(name: str) -> tuple[bytes, Path]:
-        return (folder / f"{name}.gz").read_bytes(), Path(str(folder / f"{name}.gz"))
 
-    licence = "CC BY-SA 3.0, copyright Yann LeCun and Corinna Cortes"
-    return _from_idx("mnist", read, MNIST_SHA256, licence)
+# Kept, 55 MB: unpacking takes longer than many a short run, and a worker or a tuner makes many runs. Every load copies
+# the bytes, so that data sets share nothing.
+@functools.lru_cache(maxsize=len(_IDX_FILES))
+def _bundled(name: str) -> tuple[bytes, Path]:
+    file = resources.files("toreq.data") / "mnist" / f"{name}.gz"
+    return _unpacked(file.read_bytes(), Path(str(file)), MNIST_SHA256[name])
 
 
 def load_fashion_mnist(root: str | os.PathLike[str] | None = None) -> Dataset:
@@ -100,9 +103,9 @@ def load_fashion_mnist(root: str | os.PathLike[str] | None = None) -> Dataset:
     def read(name: str) -> tuple[bytes, Path]:
         source = Source(f"fashion_mnist/{name}.gz", f"{_FASHION_URL}{name}.gz", f"md5:{_FASHION_MD5[name]}")
         file = find_or_fetch(source, root)
-        return file.read_bytes(), file
+        return _unpacked(file.read_bytes(), file, FASHION_SHA256[name])
 
-    return _from_idx("fashion_mnist", read, FASHION_SHA256, "MIT, copyright 2017 Zalando SE")
+    return _from_idx("fashion_mnist", read, "MIT, copyright 2017 Zalando SE")
 
 
 def load_cifar10(root: str | os.PathLike[str] | None = None) -> Dataset:
@@ -166,17 +169,21 @@ def read_idx(data: bytes, where: str) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=header).reshape(shape)
 
 
-def _from_idx(name: str, read: Callable[[str], tuple[bytes, Path]], sha256: dict[str, str], licence: str) -> Dataset:
+def _unpacked(packed: bytes, file: Path, sha256: str) -> tuple[bytes, Path]:
+    try:
+        data = gzip.decompress(packed)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"toreq.data: expected a complete gzip file {file}, got '{error}'; delete it and load again"
+        ) from error
+    check_content(data, sha256, file)
+    return data, file
+
+
+def _from_idx(name: str, read: Callable[[str], tuple[bytes, Path]], licence: str) -> Dataset:
     tensors = []
     for entry in _IDX_FILES:
-        packed, file = read(entry)
-        try:
-            data = gzip.decompress(packed)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(
-                f"toreq.data: expected a complete gzip file {file}, got '{error}'; delete it and load again"
-            ) from error
-        check_content(data, sha256[entry], file)
+        data, file = read(entry)
         tensors.append(read_idx(data, str(file)))
     train_x, train_y, test_x, test_y = tensors
     return Dataset(
