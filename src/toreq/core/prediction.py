@@ -1,0 +1,68 @@
+"""Pure prediction-error energies: levels that predict one another and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from toreq.core.couplings import Only
+from toreq.core.energy import Energy
+from toreq.core.nodes import Identity, Node
+from toreq.core.residual import Residual, forward_order
+from toreq.core.state import Bindings, State, added
+from toreq.errors import ConfigError
+
+
+class PredictionEnergy(Energy):
+    r""":math:`E = \tfrac12\sum_l\|h_l - f_l(h_{s(l)}; x)\|^2`, one block for each level (Rao and Ballard 1999).
+
+    It is zero at the free equilibrium :math:`h_l = f_l(h_{s(l)})`. Where no level reads a later one (a chain or a
+    tree), ``order`` names the levels in the order of a forward pass, which reaches that equilibrium exactly; on rings
+    and loops ``order`` is None.
+
+    Args:
+        terms: one :class:`~toreq.core.Residual` per level.
+        shapes: node name -> shape of one example, in the order in which a ring is swept.
+
+    Raises:
+        ConfigError: for a level without a block or with several.
+    """
+
+    def __init__(self, terms: Sequence[Residual], shapes: dict[str, int | tuple[int, ...]]) -> None:
+        super().__init__([Node(n, s, Identity()) for n, s in shapes.items()], list(terms))
+        if sorted(c.node for c in terms) != sorted(self.names):
+            raise ConfigError(
+                f"PredictionEnergy: expected one Residual for each of {list(self.names)}, got them for "
+                f"{[c.node for c in terms]}; predict every level once"
+            )
+        self.order = forward_order(terms)
+        self._predicting = {c.node: (f"coupling_{i}", c) for i, c in enumerate(terms)}
+
+    @property
+    def predictive(self) -> bool:
+        return True
+
+    def map(self, h: State, bindings: Bindings, static: State | None = None, only: Only = None) -> State:
+        out: State = {}
+        for n in self.names if only is None else only:
+            name, c = self._predicting[n]
+            out[n] = c.prediction(h, bindings[name])
+            self._check_shape("prediction", n, out[n], out[n].shape[0])
+        # there are no drives: what is static are constant forces
+        return added(out, {n: t for n, t in static.items() if n in out}) if static else out
+
+    def initial(self, bindings: Bindings) -> State:
+        """Zeros for a chain, which one sweep settles; for a ring one pass in node order, the first level at zero."""
+        if self.order is None:
+            return super().initial(bindings)
+        size, dtype, device = self.batch(bindings)
+        return {n: torch.zeros(size, *s, dtype=dtype, device=device) for n, s in self.shapes.items()}
+
+    def colours(self) -> list[frozenset[str]]:
+        """The levels one by one, in the order of a forward pass: a block sweep then is one."""
+        return [frozenset([n]) for n in self.order or self.names]
+
+    def eliminable(self) -> frozenset[str]:
+        # with two levels the colours would look like those of a symmetric pair, which they are not
+        return frozenset()
