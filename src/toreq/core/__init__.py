@@ -17,12 +17,14 @@ from toreq.core.nodes import (
 )
 from toreq.core.norm_control import NormControl, control_norm
 from toreq.core.operators import Circulant, Dense, IdentityOperator, Operator, Resample
+from toreq.core.resampling import Adjoint, Replicate
 from toreq.core.residual import Residual
 from toreq.core.state import Bindings, Bound, State
 from toreq.core.vector_field import VectorField
 
 __all__ = [
     "Activation",
+    "Adjoint",
     "Attention",
     "Bilinear",
     "Bindings",
@@ -45,6 +47,7 @@ __all__ = [
     "Operator",
     "Potential",
     "ReLU",
+    "Replicate",
     "Resample",
     "Residual",
     "SelfCoupling",

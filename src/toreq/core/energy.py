@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from toreq.core.couplings import Bilinear, Coupling, Drive, Only, Spring
+from toreq.core.couplings import Coupling, Drive, Only
+from toreq.core.levels import check_levels, check_operator
 from toreq.core.nodes import Activation, Identity, Node
-from toreq.core.operators import Operator
 from toreq.core.residual import Residual
 from toreq.core.state import Bindings, Bound, State, added, leaves, with_leaves
 from toreq.errors import ConfigError, nearest
@@ -148,6 +149,10 @@ class Dynamics(nn.Module, ABC):
         """Nodes that can be recomputed exactly from all others: one of two colours, none of it reading itself."""
         return frozenset()
 
+    def levels(self) -> list[frozenset[str]]:
+        """Groups of nodes from the finest resolution to the coarsest; one group unless the network is a pyramid."""
+        return [frozenset(self.names)]
+
     def field_gradient(self, u: State, w: State, a: State, h: State, bindings: Bindings) -> list[Tensor | None]:
         r"""Gradient of :math:`\langle u, f(h;\theta)\rangle + \langle w, \sigma(a;\theta)\rangle` for each bound
         tensor, f
@@ -191,15 +196,19 @@ class Energy(Dynamics):
     Args:
         nodes: the nodes.
         couplings: the terms of K.
+        levels: the nodes of each level of a pyramid, the finest first; one level of all nodes when None.
 
     Raises:
-        ConfigError: when a coupling names a node that is not there.
+        ConfigError: when a coupling names a node that is not there, or the levels do not hold every node once.
     """
 
     conservative = True
 
-    def __init__(self, nodes: Sequence[Node], couplings: Sequence[Coupling]) -> None:
+    def __init__(
+        self, nodes: Sequence[Node], couplings: Sequence[Coupling], levels: Sequence[Sequence[str]] | None = None
+    ) -> None:
         super().__init__(nodes)
+        self._levels = check_levels(levels, self.names)
         for c in couplings:
             for n in c.nodes:
                 if n not in self.shapes:
@@ -208,7 +217,7 @@ class Energy(Dynamics):
                         f"{nearest(n, list(self.shapes))}"
                     )
         for c in couplings:
-            self._check_operator(c)
+            check_operator(c, self.shapes)
         for c in couplings:
             if isinstance(c, Residual) and not isinstance(self.activation(c.node), Identity):
                 raise ConfigError(
@@ -217,25 +226,6 @@ class Energy(Dynamics):
                 )
         self.couplings = nn.ModuleList(couplings)
         self.muted = False
-
-    def _check_operator(self, c: Coupling) -> None:
-        op = getattr(c, "op", None)
-        if not isinstance(op, Operator):
-            return
-        if isinstance(c, Bilinear):
-            ends = [(c.pre, op.in_shape), (c.post, op.out_shape)]
-        elif isinstance(c, Spring):
-            ends = [(c.b, op.in_shape), (c.a, op.out_shape)]
-        else:
-            ends = [(c.nodes[0], op.in_shape)]
-        for node, shape in ends:
-            # an operator of fewer axes acts on the last ones
-            if self.shapes[node][-len(shape) :] != tuple(shape):
-                raise ConfigError(
-                    f"Energy: expected an operator on {self.shapes[node]} for node {node!r} in "
-                    f"{type(c).__name__}, got one "
-                    f"on {tuple(shape)}; match the operator's shapes to the nodes it joins"
-                )
 
     def terms(self) -> Iterator[tuple[str, Coupling]]:
         """Names and couplings; while muted, the drives and the predicting blocks only."""
@@ -272,10 +262,12 @@ class Energy(Dynamics):
 
     def _bind(self, x: Any, rounded: bool) -> Bindings:
         out: Bindings = {}
-        for name, c in self.terms():
-            # not norm control and the like, which would lose what they measure
-            with _bfloat16(x) if rounded and isinstance(c, Drive) else contextlib.nullcontext():
-                out[name] = c.bind(x)
+        # levels may share a weight: its norm control then runs once, and not once a level
+        with parametrize.cached() if len(self._levels) > 1 else contextlib.nullcontext():
+            for name, c in self.terms():
+                # not norm control and the like, which would lose what they measure
+                with _bfloat16(x) if rounded and isinstance(c, Drive) else contextlib.nullcontext():
+                    out[name] = c.bind(x)
         return out
 
     def rounded(self, bindings: Bindings) -> Bindings:
@@ -387,8 +379,13 @@ class Energy(Dynamics):
     def eliminable(self) -> frozenset[str]:
         colours = self.colours()
         reading = {n for _, c in self.terms() if c.self_reading for n in c.nodes}
-        if len(colours) != 2:
+        if len(colours) != 2 and len(self._levels) == 1:
             return frozenset()
         # of the two, the one with more units: what is left to extrapolate over is then small
         free = [c for c in colours if not c & reading]
+        if len(self._levels) > 1:  # of a pyramid's colours, what does not read itself
+            free = [c - reading for c in colours]
         return max(free, key=lambda c: sum(math.prod(self.shapes[n]) for n in c), default=frozenset())
+
+    def levels(self) -> list[frozenset[str]]:
+        return list(self._levels)

@@ -33,6 +33,8 @@ class Operator(Picklable, ABC):
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     symmetric: bool = False
+    gram: tuple[float, float] | None = None
+    r"""Smallest and largest eigenvalue of :math:`A^\top A` where they are known beforehand."""
 
     def tensors(self) -> Tensors:
         """The effective weights, after any parametrization; ``{}`` if there are none."""
@@ -102,6 +104,7 @@ class IdentityOperator(Operator):
     """The identity, e.g. for a spring between two nodes of one shape."""
 
     symmetric = True
+    gram = (1.0, 1.0)
 
     def __init__(self, shape: int | Sequence[int]) -> None:
         super().__init__()

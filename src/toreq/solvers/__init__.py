@@ -7,10 +7,11 @@ from toreq.errors import ConfigError, nearest
 from toreq.solvers.anderson import Anderson
 from toreq.solvers.base import Solver
 from toreq.solvers.fixed_point import Fading, FixedPoint
+from toreq.solvers.multiscale import CoarseToFine
 from toreq.solvers.problem import Problem, Relaxation
 from toreq.solvers.solution import Solution, Step, Trace
 
-REGISTRY: dict[str, type[Solver]] = {"fixedpoint": FixedPoint, "anderson": Anderson}
+REGISTRY: dict[str, type[Solver]] = {"fixedpoint": FixedPoint, "anderson": Anderson, "coarsetofine": CoarseToFine}
 
 
 def names() -> list[str]:
@@ -36,6 +37,7 @@ def create(name: str, **fields: Any) -> Solver:
 __all__ = [
     "REGISTRY",
     "Anderson",
+    "CoarseToFine",
     "Fading",
     "FixedPoint",
     "Problem",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from toreq.core.couplings import Only
 from toreq.core.energy import Dynamics, Energy
+from toreq.core.implicit import solve_implicit
 from toreq.core.state import Bindings, State, added, difference, dot, halves, norm, selected, take
 
 
@@ -52,6 +53,23 @@ class Roundable(Protocol):
     def around(self, f: State, h: State) -> Problem: ...
 
 
+@runtime_checkable
+class Layered(Protocol):
+    """A problem whose nodes lie on levels from fine to coarse, and pull on themselves with known strengths."""
+
+    def levels(self) -> list[frozenset[str]]: ...
+
+    def stiffness(self) -> State: ...
+
+    def resolved(self, z: State, stiffness: State) -> State:
+        r"""Per node the a of :math:`a + s\,\sigma(a) = z`; z itself for a node without a strength."""
+        ...
+
+    def restricted(self, names: frozenset[str]) -> Problem | None:
+        """The same without all other nodes and what joins them; None where that is not known."""
+        ...
+
+
 class Relaxation:
     r"""A network bound to an input, with constant and state-dependent forces added to its field.
 
@@ -87,6 +105,7 @@ class Relaxation:
         self.origin, self.coarse, self.compiles = origin, coarse, compiled
         self.linear = origin is not None and isinstance(dynamics, Energy) and dynamics.linear
         self._used = dynamics.rounded(bindings) if coarse else bindings
+        self._nodes = frozenset(dynamics.names)
         # a prediction-error energy has a cheaper map than its field
         self._terms = None
         if isinstance(dynamics, Energy) and not (as_map and dynamics.predictive):
@@ -130,11 +149,48 @@ class Relaxation:
         return evaluate(h, self._used, self.static, only)
 
     def colours(self) -> list[frozenset[str]]:
-        return self.dynamics.colours()
+        return self._inside(self.dynamics.colours())
 
     def eliminable(self) -> frozenset[str]:
         # a force that depends on the state may couple any nodes
-        return self.dynamics.eliminable() if self.extra is None else frozenset()
+        return self.dynamics.eliminable() & self._nodes if self.extra is None else frozenset()
+
+    def _inside(self, groups: list[frozenset[str]]) -> list[frozenset[str]]:
+        return [g & self._nodes for g in groups if g & self._nodes]
+
+    def levels(self) -> list[frozenset[str]]:
+        return self._inside(self.dynamics.levels())
+
+    def stiffness(self) -> State:
+        if self._terms is None:
+            return {}
+        out: State = {}
+        for c, bound in self._terms:
+            out = added(out, c.stiffness(bound))
+        return out
+
+    def resolved(self, z: State, stiffness: State) -> State:
+        own = self.dynamics
+        return {
+            n: solve_implicit(own.activation(n), t, stiffness[n], self.bindings[f"node_{n}"]) if n in stiffness else t
+            for n, t in z.items()
+        }
+
+    def restricted(self, names: frozenset[str]) -> Relaxation | None:
+        """The same relaxation of these nodes, without the couplings to others; None for a map that has no terms."""
+        if self._terms is None or self.extra is not None or self.origin is not None:
+            return None
+        return self._part(names)
+
+    def _part(self, names: frozenset[str]) -> Relaxation:
+        if self._terms is None or names >= self._nodes:
+            return self
+        part = object.__new__(Relaxation)
+        part.__dict__.update(self.__dict__)
+        part._nodes = self._nodes & names
+        part._terms = [(c, bound) for c, bound in self._terms if part._nodes.issuperset(c.nodes)]
+        part.static = {n: t for n, t in self.static.items() if n in part._nodes}
+        return part
 
     def energy(self, a: State, h: State) -> Tensor | None:
         if not isinstance(self.dynamics, Energy):
@@ -156,7 +212,9 @@ class Relaxation:
         part.static, part.origin = take(self.static, index), origin
         if self._terms is not None:
             assert isinstance(self.dynamics, Energy)
-            part._terms = self.dynamics.moving(part._used)
+            part._terms = [
+                (c, bound) for c, bound in self.dynamics.moving(part._used) if self._nodes.issuperset(c.nodes)
+            ]
         return part
 
     def rounded(self) -> Relaxation | None:
@@ -166,9 +224,8 @@ class Relaxation:
             return None
         if self.origin is not None and not self.linear:
             return None  # the rounding of f(h) - f(h0) would drown a small response
-        return Relaxation(
-            self.dynamics, self.bindings, self.force, self.extra, self.as_map, self.origin, True, self.compiles
-        )
+        own = (self.force, self.extra, self.as_map, self.origin)
+        return Relaxation(self.dynamics, self.bindings, *own, True, self.compiles)._part(self._nodes)
 
     def compiled(self) -> Relaxation:
         """The same relaxation through ``torch.compile``; as it is where there is nothing to compile."""
@@ -187,7 +244,7 @@ class Relaxation:
         # f holds the forces already: the constant ones stay in it, those that turn are added anew
         f = f if self.extra is None else added(f, {n: -t for n, t in self.extra(h).items()})
         own = (None, self.extra, self.as_map, (f, h))
-        return Relaxation(self.dynamics, self.bindings, *own, coarse=True, compiled=self.compiles)
+        return Relaxation(self.dynamics, self.bindings, *own, coarse=True, compiled=self.compiles)._part(self._nodes)
 
 
 @functools.cache
