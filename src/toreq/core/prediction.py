@@ -57,7 +57,8 @@ class PredictionEnergy(Energy):
         if self.order is None:
             return super().initial(bindings)
         size, dtype, device = self.batch(bindings)
-        return {n: torch.zeros(size, *s, dtype=dtype, device=device) for n, s in self.shapes.items()}
+        zero = torch.zeros((), dtype=dtype, device=device)
+        return {n: zero.expand(size, *s) for n, s in self.shapes.items()}
 
     def colours(self) -> list[frozenset[str]]:
         """The levels one by one, in the order of a forward pass: a block sweep then is one."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from toreq.core.couplings import Only
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.residual import Linearised, Residual, forward_order
-from toreq.core.state import Bindings, State, added, difference, norm, per_example, scaled, stacked
+from toreq.core.state import Bindings, State, added, difference, per_example, scaled, stacked
 from toreq.errors import DivergenceError
 from toreq.estimators.base import Contrastive, Estimate, FreePhase, Nudge, Statistics, Support
 from toreq.estimators.pairs import relative_response
@@ -202,8 +202,9 @@ class Predictive(Contrastive):
             for k in group
         ]
         size = beta.shape[0]
-        moved = {n: t[:size] for n, t in _part(solution.h, "h").items()}
-        response = relative_response(difference(moved, free.h), free.h)
+        # the errors are what moves the states
+        eps = {n: t[:size] for n, t in _part(solution.h, "eps").items()}
+        response = relative_response(eps, free.h)
         folded = Statistics(
             solution.steps.view(-1, size).amax(0),
             solution.residual.view(-1, size).amax(0),
@@ -304,24 +305,21 @@ class Predictive(Contrastive):
 def _swept(levels: _Levels, h: State, force: State, beta: Tensor) -> _Found:
     """Errors of a chain at given states, and what they give, in one sweep against the forward order."""
     assert levels.order is not None
-    pending = dict(force)
+    # in units of -beta, a power of two, so that the way back is exact: what travels then are the adjoint's numbers, and
+    # the gradient needs no other pass
+    pending = scaled(force, -1 / beta)
     eps, predicted, grads = {}, {}, {}
-    inverse = -1 / beta
     for n in reversed(levels.order):
         name, c = levels.terms[n]
-        eps[n] = pending.pop(n) if n in pending else torch.zeros_like(h[n])
+        cotangent = pending.pop(n) if n in pending else torch.zeros_like(h[n])
         at = c.linearised(h, levels.bindings[name])
-        # dividing by beta (a power of two) is exact, and the gradient is then the adjoint's, without another pass
-        message, grads[name] = at.back(eps[n] * per_example(inverse, eps[n]), message=True, gradient=True)
-        predicted[n] = at.out
+        message, grads[name] = at.back(cotangent, message=True, gradient=True)
+        predicted[n], eps[n] = at.out, cotangent * per_example(-beta, cotangent)
         if message is not None:
             assert c.source is not None
-            message = message * per_example(-beta, message)
             pending[c.source] = pending[c.source] + message if c.source in pending else message
-    first = next(iter(eps.values()))
-    residual = torch.zeros(beta.shape[0], dtype=first.dtype, device=first.device)
-    eps = {n: eps[n] for n in levels.names}
-    return _Found(eps, predicted, grads, residual + 0 * norm(eps), torch.ones_like(beta, dtype=torch.int64))
+    residual = torch.zeros_like(beta)
+    return _Found({n: eps[n] for n in levels.names}, predicted, grads, residual, torch.ones_like(beta).long())
 
 
 def _gradients(levels: _Levels, at: dict[str, Linearised], eps: State, beta: Tensor) -> Gradients:
