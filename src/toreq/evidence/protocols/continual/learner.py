@@ -104,7 +104,7 @@ class ModuleLearner:
         loss = self._loss(self.module(x), y)
         if not bool(torch.isfinite(loss)):
             raise DivergenceError(
-                f"ModuleLearner: expected a finite loss, got {float(loss)} after {self._seen} batches; "
+                f"ModuleLearner: expected a finite loss, got {loss.item()} after {self._seen} batches; "
                 "lower the learning rate"
             )
         loss.backward()

@@ -68,7 +68,7 @@ class Sizes:
 
 def sizes(budget: Budget) -> Sizes:
     """The widths that belong to a budget."""
-    return budget.pick(Sizes((16, 16), 8, 16, 3, (32, 64)), Sizes(), Sizes())
+    return budget.pick(Sizes((16, 16), 8, 16, 3, (32, 64)), Sizes((128, 128), 64, 64, 100), Sizes())
 
 
 def create(name: str, budget: Budget, seed: int, *, validation: bool = False) -> Stream:
@@ -92,18 +92,18 @@ def create(name: str, budget: Budget, seed: int, *, validation: bool = False) ->
     if name == "permuted":
         train, test = budget.pick((40, 20), (2000, 500), (60_000, 10_000))
         if validation:
-            train, test = budget.pick(20, 600, 3000), budget.pick(20, 200, 500)
+            train, test = budget.pick(20, 300, 3000), budget.pick(20, 200, 500)
         return PermutedMNIST(budget.pick(3, 10, 10), seed, train=train, test=test, batch_size=batch, data=data)
     train, test = budget.pick((100, 100), (60_000, 10_000), (60_000, 10_000))
     if validation:
-        train, test = budget.pick(50, 6000, 10_000), budget.pick(50, VALIDATION, VALIDATION)
+        train, test = budget.pick(50, 3000, 10_000), budget.pick(50, VALIDATION, VALIDATION)
     if name == "split":
         return SplitMNIST(seed, train=train, test=test, batch_size=batch, data=data)
     phases = budget.pick(3, 10, 10)
     if not validation:
         train, test = budget.pick((100, 20), (20_000, 500), (60_000, 10_000))
     else:
-        test = budget.pick(20, 500, 500)
+        test = budget.pick(20, 200, 500)
     return DriftingStream(seed, phases=phases, train=train, test=test, batch_size=batch, data=data)
 
 
