@@ -134,15 +134,13 @@ def test_a_fingerprint_follows_the_protocol_and_not_its_spelling() -> None:
     one = make()
     assert make(protocol="Run it   and read\nthe score.").fingerprint == one.fingerprint
     assert make(sentence="Other words.").fingerprint == one.fingerprint
-    changed = [
-        make(protocol="Run it twice."),
-        make(version=2),
-        make(printed=("radius",)),
-        make(sides=(OURS, BASE, "third")),
-        make(criteria=(replace(one.criteria[0], target=86.0), one.criteria[1])),
-        make(criteria=(replace(one.criteria[0], seeds=5), one.criteria[1])),
-    ]
-    assert len({c.fingerprint for c in (one, *changed)}) == 1 + len(changed)
+    assert len({c.fingerprint for c in (one, make(protocol="Run it twice."), make(version=2))}) == 3
+
+
+def test_what_was_run_stays_valid_when_sides_are_added_and_targets_move() -> None:
+    one = make()
+    assert make(sides=(OURS, BASE, "third")).fingerprint == one.fingerprint
+    assert make(criteria=(replace(one.criteria[0], target=86.0), one.criteria[1])).fingerprint == one.fingerprint
 
 
 def test_claims_by_id_and_by_system() -> None:
