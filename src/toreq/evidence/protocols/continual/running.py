@@ -160,6 +160,8 @@ def measure(
     if news:
         say(news)
     store.prepare_scratch(file.parent)
+    # another one for another protocol, so that nothing old is continued
+    scratch = file.parent / store.SCRATCH / f"{file.stem}-{fingerprint(budget.name, trials)}"
     results.command, results.commit = command, commit()
     torch.set_num_threads(threads)
     results.environment = environment(torch.device(device))
@@ -168,8 +170,8 @@ def measure(
         for name in names:
             if not sides.fits(name, stream) or sides.too_dear(name, stream, budget.name):
                 continue
-            scratch = file.parent / store.SCRATCH / file.stem / f"{stream}-{name}".replace(" ", "-").replace(",", "")
-            trial = Trial(budget, name, 0, device, scratch.resolve())
+            place = f"{stream}-{name}".replace(" ", "-").replace(",", "")
+            trial = Trial(budget, name, 0, device, (scratch / place).resolve())
             _measure(results, stream, trial, seeds, trials, threads, functools.partial(_keep, file, results), say)
     return results
 
