@@ -51,8 +51,8 @@ class Sizes:
             case "smoke":
                 return Sizes(60, 20, 20, 16, (2, 2), Recipe(2, 1e-2, 16), Matching(50.0, 50.0, 2), 10, 4, 2, 4, 1, 1)
             case "quick":
-                matching = Matching(95.0, 0.5, 20)
-                return Sizes(10_000, 1_000, 1_000, WIDTH, (16, 32), Recipe(12), matching, 100, 30, 40, 40, 8, 1)
+                matching = Matching(93.0, 0.5, 20)
+                return Sizes(10_000, 1_000, 1_000, WIDTH, (16, 32), Recipe(12), matching, 60, 20, 40, 40, 8, 1)
             case _:
                 return Sizes(60_000, 5_000, 10_000, WIDTH, (16, 32), Recipe(12), None, 1_000, 200, 40, 100, 25, 5)
 
