@@ -23,8 +23,8 @@ def side(name: str, trial: Trial, task: str) -> Outcome:
 
     Metrics: the task's metric and loss on the test set; ``samples to threshold`` (None where it was not reached), that
     threshold; percent of whole sequences right, where positions have targets; the metric on longer sequences; seconds
-    of training and of the processor; for looped sides the radius, the share of relaxations that settled, and the relaxation steps of a
-    training step, free and nudged together. Curves: the metric and the loss over samples.
+    of training, and of the processor in it; for looped sides the radius, the share of relaxations that settled, and the
+    relaxation steps of a training step, free and nudged together. Curves: the metric and the loss over samples.
 
     Args:
         name: of `models.SIDES`.

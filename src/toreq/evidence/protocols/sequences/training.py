@@ -166,7 +166,7 @@ def _step(
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
         raise DivergenceError(
-            f"sequences.train: expected a finite loss and gradient, got {float(loss)} and {float(norm)} at step "
+            f"sequences.train: expected a finite loss and gradient, got {float(loss.detach())} and {float(norm)} at step "
             f"{at.step + 1}; use a lower rate than {recipe.rate:g}"
         )
     optimizer.step()
@@ -230,8 +230,10 @@ def _resumed(
     checkpoint.restore_module(model, checkpoint.within("model", tensors), where)
     checkpoint.restore_optimizer(optimizer, checkpoint.within("optimizer", tensors), state["optimizer"], where)
     rng.restore(model, checkpoint.within("rng", tensors))
-    at = Progress(**state["progress"])
-    at.curve, at.losses = ([(float(x), float(y)) for x, y in points] for points in (at.curve, at.losses))
+    values = state["progress"]
+    # JSON has no tuples
+    curves = {name: [(float(x), float(y)) for x, y in values[name]] for name in ("curve", "losses")}
+    at = Progress(**{**values, **curves})
     at.resumed += 1
     return at
 
