@@ -5,7 +5,7 @@ Needs the extra ``rl`` (Gymnasium with MuJoCo, Stable-Baselines3), which is impo
 
 from toreq.evidence.protocols.control.protocol import SPACE, objective, run, side
 from toreq.evidence.protocols.control.tasks import TASKS, Push, Sizes, Task, find
-from toreq.evidence.protocols.control.trunks import SIDES, Forward, Settled, Settling, Trunk, trunk
+from toreq.evidence.protocols.control.trunks import SIDES, Forward, Settled, Settling, Trunk, settled, trunk
 
 __all__ = [
     "SIDES",
@@ -21,6 +21,7 @@ __all__ = [
     "find",
     "objective",
     "run",
+    "settled",
     "side",
     "trunk",
 ]

@@ -59,7 +59,8 @@ def run(made: Trunk, trial: Trial, task: str | Task, sizes: Sizes | None = None)
     metrics = {**learned(found.curve, chosen.threshold), **_tested(found, chosen, sizes, trial.seed)}
     metrics |= _settling(found)
     metrics["learning rate"] = Quantity(sizes.rate, "")
-    metrics["seconds per 1000 steps"] = Quantity(1000 * found.seconds / sizes.steps, "s")
+    # processor time: a machine that does other things beside would make seconds of the clock longer
+    metrics["CPU seconds per 1000 steps"] = Quantity(1000 * found.seconds / sizes.steps, "s")
     notes = ("continued from a checkpoint",) if found.resumed else ()
     policy: Any = found.model.policy
     cost = Cost(counting.parameters(policy), _flops(found, sizes) * sizes.steps, sizes.steps)

@@ -127,7 +127,7 @@ class Task:
         return Monitor(env)
 
 
-_SMOKE = Sizes(steps=256, every=128, episodes=2, final=2, hidden=(16, 16), envs=4, rollout=32, batch=64, epochs=2)
+_SMOKE = Sizes(steps=192, every=96, episodes=2, final=2, hidden=(16, 16), envs=4, rollout=24, batch=48, epochs=2)
 _PENDULUM = {
     "smoke": _SMOKE,
     "quick": Sizes(steps=16384, every=1024),
@@ -135,8 +135,8 @@ _PENDULUM = {
 }
 _HOPPER = {
     "smoke": _SMOKE,
-    "quick": Sizes(steps=51200, every=5120),
-    "full": Sizes(steps=1_024_000, every=20480, episodes=10, final=50),
+    "quick": Sizes(steps=30720, every=5120, rate=1e-3),
+    "full": Sizes(steps=1_024_000, every=20480, episodes=10, final=50, rate=1e-3),
 }
 _CUE = {
     "smoke": _SMOKE,

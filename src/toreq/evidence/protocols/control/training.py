@@ -17,9 +17,9 @@ from toreq.evidence.protocols.control import snapshots
 from toreq.evidence.protocols.control.extra import require
 from toreq.evidence.protocols.control.policies import TrunkPolicy
 from toreq.evidence.protocols.control.tasks import Sizes, Task
-from toreq.evidence.protocols.control.trunks import Trunk
+from toreq.evidence.protocols.control.trunks import Trunk, flush
 from toreq.io import atomic_path
-from toreq.training import checkpoint
+from toreq.training import checkpoint, rng
 
 require()
 
@@ -46,7 +46,7 @@ class Trained:
         model: the agent of Stable-Baselines3.
         curve: (steps, mean return over the evaluation's episodes).
         resumed: whether it went on from a checkpoint.
-        seconds: of training, without evaluations and without what an interruption lost.
+        seconds: of processor time in training, without evaluations and without what an interruption lost.
     """
 
     model: PPO
@@ -142,10 +142,10 @@ class _Progress(BaseCallback):
         self.task, self.trunk, self.sizes, self.seed = task, trunk, sizes, seed
         self.folder, self.save_seconds = folder, save_seconds
         self.curve: list[tuple[float, float]] = []
-        self.seconds, self.since, self.saved = 0.0, time.perf_counter(), time.perf_counter()
+        self.seconds, self.since, self.saved = 0.0, time.process_time(), time.perf_counter()
 
     def _on_training_start(self) -> None:
-        self.since = self.saved = time.perf_counter()
+        self.since, self.saved = time.process_time(), time.perf_counter()
 
     def _on_step(self) -> bool:
         return True
@@ -165,10 +165,10 @@ class _Progress(BaseCallback):
             assert isinstance(self.model, PPO)
             returns = evaluate(self.model, self.task, self.seed, self.sizes.episodes, self.task.pushed)
             self.curve.append((at, float(np.mean(returns))))
-            self.since = time.perf_counter()
+            self.since = time.process_time()
 
     def _tick(self) -> None:
-        now = time.perf_counter()
+        now = time.process_time()
         self.seconds, self.since = self.seconds + now - self.since, now
 
     def _described(self) -> dict[str, Any]:
@@ -178,6 +178,7 @@ class _Progress(BaseCallback):
     def save(self) -> None:
         """Write agent, environments, generators and curve; the checkpoint before is whole until this one is."""
         self._tick()
+        flush(self.model.policy)
         name = f"agent-{self.model.num_timesteps}.zip"
         with atomic_path(self.folder / name) as path:
             self.model.save(path)
@@ -192,7 +193,8 @@ class _Progress(BaseCallback):
             "envs": snapshots.capture_all(self.model.env),
             "numpy": [kind, place, has_gauss, gauss],
         }
-        tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64))}
+        generators = checkpoint.prefixed("rng", rng.capture(self.model.policy))
+        tensors = {**generators, "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64))}
         checkpoint.save(self.folder, tensors, state)
         for old in self.folder.glob("agent-*.zip"):
             if old.name != name:
@@ -221,7 +223,7 @@ class _Progress(BaseCallback):
         self.seconds = state["seconds"]
         kind, place, has_gauss, gauss = state["numpy"]
         np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), place, has_gauss, gauss))  # noqa: NPY002
-        torch.set_rng_state(tensors["torch"])
+        rng.restore(model.policy, checkpoint.within("rng", tensors))
         return model
 
 

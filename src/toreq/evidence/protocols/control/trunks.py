@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from toreq import solvers, systems
 from toreq.errors import ConfigError, nearest
+from toreq.estimators import Statistics
 from toreq.layer import Equilibrium
 from toreq.solvers import Solver
 from toreq.systems.base import System
@@ -39,6 +40,7 @@ class Settling(nn.Module):
         self.equilibrium = layer.equilibrium if isinstance(layer, System) else layer
         self.input_shape = layer.input_shape if isinstance(layer, System) else None
         self.equilibrium.warn = False  # counted instead
+        self.counted: Statistics | None = None
         self.register_buffer("tally", torch.zeros(2, 3, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,14 +49,20 @@ class Settling(nn.Module):
         Args:
             x: ``(B, inputs)``.
         """
+        self.flush()
         last = self.equilibrium.last
-        if last.nudged is not None:  # of the backward pass since the last call
-            self._count(1, last.nudged.converged, last.nudged.steps)
         found = self.equilibrium(x if self.input_shape is None else x.reshape(-1, *self.input_shape))
         if last.free is not None:
             self._count(0, last.free.converged, last.free.steps)
         nodes = found.values() if isinstance(found, Mapping) else [found]
         return torch.cat([node.flatten(1) for node in nodes], 1)
+
+    def flush(self) -> None:
+        """Count the nudged relaxations of the last backward pass, if they are not counted yet."""
+        nudged = self.equilibrium.last.nudged
+        if nudged is not None and nudged is not self.counted:
+            self._count(1, nudged.converged, nudged.steps)
+            self.counted = nudged
 
     @torch.no_grad()
     def radius(self, x: Tensor) -> float:
@@ -106,8 +114,8 @@ class Forward:
 
 SIDES = {
     "eqprop": "equilibrium actor and critic, trained by the network's own estimator",
-    "bp-eq": "the same equilibrium actor and critic with the implicit gradient",
     "bp-ff": "feed-forward actor and critic of the same widths and number of parameters, trained by backprop",
+    "bp-eq": "the same equilibrium actor and critic with the implicit gradient",
 }
 
 
@@ -128,9 +136,17 @@ def trunk(side: str, hidden: Sequence[int]) -> Trunk:
     return Settled("toreqprop", options, "implicit" if side == "bp-eq" else None, solver)
 
 
+def flush(module: nn.Module) -> None:
+    """Bring the counts of all trunks up to date."""
+    for part in module.modules():
+        if isinstance(part, Settling):
+            part.flush()
+
+
 def settled(module: nn.Module) -> dict[str, float] | None:
     """Over all trunks: percent of the free and of the nudged relaxations that settled, and their mean steps; None
     without any."""
+    flush(module)
     found = [m.tally for m in module.modules() if isinstance(m, Settling)]
     if not found:
         return None
