@@ -25,7 +25,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {"quickstart", "new_energy", "wrap_block", "papers"}
+    tested = {"quickstart", "new_energy", "wrap_block", "papers", "control"}
     assert {path.stem for path in FOLDER.glob("*.py")} == tested
 
 
@@ -54,6 +54,20 @@ def test_wrapped_block_has_the_implicit_gradient_and_learns() -> None:
 
 def test_papers_network_learns() -> None:
     assert load("papers").main(train=1000, test=500, epochs=2) > 6 * CHANCE
+
+
+def test_control_runs() -> None:
+    pytest.importorskip("stable_baselines3")
+    before, after = load("control").main(steps=256)
+    assert 0 <= before <= 1
+    assert 0 <= after <= 1
+
+
+@pytest.mark.slow
+def test_control_learns_to_remember() -> None:
+    pytest.importorskip("stable_baselines3")
+    _, after = load("control").main(steps=4096)
+    assert after > 0.9  # without the cue 0.5 at most
 
 
 @pytest.mark.cli
