@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from toreq import systems, training
-from toreq.cli import demo, evaluate, inspect, train
+from toreq.cli import demo, evaluate, inspect, train, tune
 from toreq.cli import systems as listing
 from toreq.cli.parsing import expand_set
 from toreq.errors import ToreqError
@@ -125,6 +125,7 @@ def test_pictures_are_small() -> None:
 COMMANDS: dict[str, Any] = {
     "systems": listing.Systems,
     "train": train.Train,
+    "tune": tune.Tune,
     "eval": evaluate.Eval,
     "show": inspect.Show,
     "check": inspect.Check,

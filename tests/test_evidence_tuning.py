@@ -251,6 +251,21 @@ def test_counts_are_legible(value: float | None, text: str) -> None:
     assert report.count(value) == text
 
 
+def test_without_optuna_nothing_is_begun(tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    def missing(name: str, *rest: Any) -> Any:
+        if name == "optuna":
+            raise ImportError(name)
+        return imported(name, *rest)
+
+    imported = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(ConfigError, match=r'pip install "toreq\[tune\]"'):
+        once(tuned_claim(), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
 # -- B2
 
 

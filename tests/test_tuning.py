@@ -187,8 +187,10 @@ def test_an_interrupted_search_tries_what_an_unbroken_one_does(tmp_path: Path, c
         seen.append(number)
         return bowl(number, params)
 
-    resumed = tune(watched, SPACE, 8, seed=5, start=START, storage=file)
+    told: list[Attempt] = []
+    resumed = tune(watched, SPACE, 8, seed=5, start=START, storage=file, done=told.append)
     assert seen == list(range(cuts[-1], 8))
+    assert [a.number for a in told] == list(range(8))
     assert points(resumed) == points(unbroken)
     assert [a.value for a in resumed.trials] == [a.value for a in unbroken.trials]
     assert (resumed.best, resumed.value) == (unbroken.best, unbroken.value)
@@ -245,6 +247,7 @@ def test_any_other_error_ends_the_search_and_its_trial_is_begun_again(tmp_path: 
         ({"seed": 1}, "the seed of the search"),
         ({"direction": "minimize"}, "the direction of the search"),
         ({"start": START}, "the start of the search"),
+        ({"about": {"epochs": 2}}, "the settings of the search"),
         ({"space": Space({"rate": Real(1e-4, 1.0)})}, "the space of the search"),
     ],
 )
@@ -255,6 +258,17 @@ def test_another_search_does_not_go_on_with_this_one(tmp_path: Path, changes: di
     with pytest.raises(TuneError, match=said):
         tune(bowl, trials=3, storage=file, **arguments)
     assert len(tune(bowl, SPACE, 2, storage=file).trials) == 2
+
+
+def test_two_processes_do_not_share_a_search(tmp_path: Path) -> None:
+    file = tmp_path / "s.sqlite"
+
+    def second(number: int, params: Mapping[str, Any]) -> float:
+        with pytest.raises(TuneError, match="another one that searches there"):
+            tune(bowl, SPACE, 2, storage=file)
+        return bowl(number, params)
+
+    assert len(tune(second, SPACE, 2, storage=file).trials) == 2
 
 
 def _foreign(file: Path) -> None:

@@ -50,7 +50,7 @@ def _dispatch(arguments: list[str]) -> int:
     import tyro
     from rich.console import Console
 
-    from toreq.cli import bench, demo, evaluate, evidence, inspect, systems, train
+    from toreq.cli import bench, demo, evaluate, evidence, inspect, systems, train, tune
     from toreq.cli.parsing import expand_set
 
     # A state that decays to subnormal numbers makes a step many times slower.
@@ -58,6 +58,7 @@ def _dispatch(arguments: list[str]) -> int:
     commands: dict[str, Any] = {
         "systems": systems.Systems,
         "train": train.Train,
+        "tune": tune.Tune,
         "eval": evaluate.Eval,
         "show": inspect.Show,
         "check": inspect.Check,

@@ -9,29 +9,33 @@ from typing import Any
 
 from toreq.errors import ConfigError, nearest
 
+_REPEATED = ("--set", "--space")
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 _CONSTANTS = {"true": True, "false": False, "none": None}
 
 
 def expand_set(arguments: Sequence[str]) -> list[str]:
-    """Return `arguments` with `--set a=1 b=2` written as `--set a=1 --set b=2`, so that a SYSTEM may follow it."""
+    """Return `arguments` with `--set a=1 b=2` written as `--set a=1 --set b=2`, so that a SYSTEM may follow it.
+
+    `--space` likewise.
+    """
     expanded: list[str] = []
-    values = 0
+    flag, values = "", 0
     for argument in arguments:
-        if argument == "--set":
-            values = 0
+        if argument in _REPEATED:
+            flag, values = argument, 0
         elif expanded and _follows_set(expanded) and _ASSIGNMENT.match(argument):
             if values:
-                expanded.append("--set")
+                expanded.append(flag)
             values += 1
         expanded.append(argument)
     return expanded
 
 
 def _follows_set(arguments: Sequence[str]) -> bool:
-    if arguments[-1] == "--set":
+    if arguments[-1] in _REPEATED:
         return True
-    return len(arguments) > 1 and arguments[-2] == "--set" and bool(_ASSIGNMENT.match(arguments[-1]))
+    return len(arguments) > 1 and arguments[-2] in _REPEATED and bool(_ASSIGNMENT.match(arguments[-1]))
 
 
 def parse_set(assignments: Sequence[str], options_of: Callable[[str | None], Mapping[str, Any]]) -> dict[str, Any]:

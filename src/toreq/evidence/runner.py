@@ -23,6 +23,7 @@ from toreq.evidence.registry import chosen
 from toreq.evidence.store import RESULTS, Result
 from toreq.evidence.workers import Job, Local, Report, Scheduler
 from toreq.training.environment import environment
+from toreq.tuning import require_optuna
 
 SCHEDULERS = ("local", "ray")
 
@@ -81,7 +82,7 @@ def run(
         command: what was typed, for the message after Ctrl-C; results record a command that has no local paths in it.
 
     Raises:
-        ConfigError: an unknown claim, budget or scheduler, or a count below 1.
+        ConfigError: an unknown claim, budget or scheduler, a count below 1, or no optuna where sides are tuned.
         ToreqError: after Ctrl-C, with the command that goes on.
     """
     wanted = [n if isinstance(n, Claim) else chosen([n])[0] for n in names] or chosen([])
@@ -100,6 +101,8 @@ def run(
     for claim in wanted:
         session.open(claim, seeds, again)
         session.commands[claim.id] = shlex.join(["toreq", "evidence", "run", claim.id, *flags])
+    if session.searches:
+        require_optuna()
     with session:
         if session.searches:
             shared.run(session.searches, session.done)

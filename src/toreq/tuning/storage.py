@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 from toreq.errors import WriteError
 from toreq.io import set_aside
+from toreq.tuning.tuned import TuneError
 
 _JOURNALS = ("-journal", "-wal", "-shm")
 
@@ -23,20 +25,48 @@ def opened(optuna: Any, path: Path | None) -> Iterator[Any]:
 
     Raises:
         WriteError: the file cannot be made or written.
+        TuneError: another process has it open.
     """
     if path is None:
         yield optuna.storages.InMemoryStorage()
         return
+    with _alone(path):
+        reason = _defect(path)
+        if reason:
+            _set_aside(path, reason)
+        with _database(optuna, path) as backend:
+            yield backend
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Refuse a second process, which would take this one's running trial for one that was cut off."""
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise WriteError(f"tune: expected to write {path}, got '{error.strerror}'; choose another folder") from error
+    with file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                # given back when the file is closed, also by a kill
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TuneError(
+                    f"tune: expected {path} for this process alone, got another one that searches there; wait for it, "
+                    "or write to another place"
+                ) from error
+        yield
+
+
+@contextmanager
+def _database(optuna: Any, path: Path) -> Iterator[Any]:
     from sqlalchemy.engine import URL
     from sqlalchemy.exc import OperationalError
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"tune: expected to write {path}, got '{error.strerror}'; choose another folder") from error
-    reason = _defect(path)
-    if reason:
-        _set_aside(path, reason)
     address = URL.create("sqlite", database=str(path.resolve())).render_as_string()
     backend = None
     try:
@@ -80,5 +110,5 @@ def _set_aside(path: Path, reason: str) -> None:
     warnings.warn(
         f"tune: expected a search in {path}, got something else ({reason}); it is kept as {kept.name}, and the search "
         "begins anew",
-        stacklevel=4,
+        stacklevel=6,
     )

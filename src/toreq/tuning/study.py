@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import time
 import warnings
@@ -14,10 +15,10 @@ from typing import Any
 import numpy
 from scipy.stats import qmc
 
-from toreq.errors import ConfigError, DivergenceError, ToreqError
+from toreq.errors import ConfigError, DivergenceError
 from toreq.tuning import storage as files
 from toreq.tuning.space import Choice, Integer, Real, Space, Value
-from toreq.tuning.tuned import Attempt, Direction, Tuned
+from toreq.tuning.tuned import Attempt, Direction, Tuned, TuneError
 
 QUASI_RANDOM = 5
 """Trials before the estimator takes over; the points that are given to start with are among them."""
@@ -26,10 +27,6 @@ _POINT, _SECONDS, _REASON, _ASKED = "point", "seconds", "reason", "asked"
 
 Objective = Callable[[int, Mapping[str, Value]], float]
 """(number of the trial, parameters) -> the value that is tuned."""
-
-
-class TuneError(ToreqError):
-    """A search that found nothing, or that cannot go on as asked."""
 
 
 def tune(
@@ -42,6 +39,7 @@ def tune(
     direction: Direction = "maximize",
     name: str = "tune",
     start: Mapping[str, Value] | None = None,
+    about: Mapping[str, Any] | None = None,
     done: Callable[[Attempt], None] | None = None,
 ) -> Tuned:
     r"""Search a space with exactly so many trials and return the best.
@@ -62,29 +60,48 @@ def tune(
         direction: ``maximize`` or ``minimize``.
         name: of the study in the storage.
         start: a point to try first.
-        done: called with every trial that ends.
+        about: what else the objective depends on, as JSON-able values; a search goes on with the same only.
+        done: called with every trial that ends; with one that ``storage`` holds already, too.
 
     Raises:
         ConfigError: optuna is not installed, or an argument is out of range.
-        TuneError: every trial failed, or the storage holds a search that was asked for otherwise.
+        TuneError: every trial failed, or the storage holds a search that was asked for otherwise or is being run.
     """
     if trials < 1:
         raise ConfigError(f"tune: expected at least one trial, got {trials}; ask for more")
     if direction not in ("maximize", "minimize"):
         raise ConfigError(f"tune: expected the direction 'maximize' or 'minimize', got {direction!r}; choose one")
     first = None if start is None else space.check(start)
-    asked = {"space": space.describe(), "seed": seed, "direction": direction, "start": first}
+    asked = {
+        "space": space.describe(),
+        "seed": seed,
+        "direction": direction,
+        "start": first,
+        # as they come out of the storage: a tuple as a list
+        "settings": json.loads(json.dumps(dict(about or {}))),
+    }
     optuna = _optuna()
     with _quiet(optuna), files.opened(optuna, storage) as backend:
         study = optuna.create_study(storage=backend, study_name=name, direction=direction, load_if_exists=True)
         _same(study, asked, storage)
         _requeue(optuna, study, space)
-        while (number := len(_attempts(optuna, study))) < trials:
-            done_now = _step(optuna, study, space, objective, number, seed, first)
-            if done is not None:
-                done(done_now)
         found = _attempts(optuna, study)[:trials]
+        for attempt in found:
+            _tell(done, attempt)
+        while len(found) < trials:
+            found.append(_step(optuna, study, space, objective, len(found), seed, first))
+            _tell(done, found[-1])
     return _tuned(found, space, direction, seed)
+
+
+def _tell(done: Callable[[Attempt], None] | None, attempt: Attempt) -> None:
+    if done is not None:
+        done(attempt)
+
+
+def require_optuna() -> None:
+    """Raise `ConfigError`, naming the extra, where optuna is not installed."""
+    _optuna()
 
 
 def _optuna() -> Any:

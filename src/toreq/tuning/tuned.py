@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from toreq.errors import ToreqError
 from toreq.tuning.space import Value
 
 State = Literal["complete", "failed"]
 Direction = Literal["maximize", "minimize"]
+
+
+class TuneError(ToreqError):
+    """A search that found nothing, or that cannot go on as asked."""
 
 
 @dataclass(frozen=True)
