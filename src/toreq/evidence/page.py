@@ -50,6 +50,7 @@ section { border-top: 1px solid var(--line); margin-top: 2.2rem; }
 }
 @media (max-width: 40rem) {
   table.cards td.text:not(:first-child) { text-align: right; }
+  table.cards td::before { flex: none; text-align: left; }
   table.cards td:first-child { display: block; }
 }
 </style>"""
