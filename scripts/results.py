@@ -4,8 +4,9 @@
     python scripts/results.py --check    exit 1 if a table is not what the files give
 
 In evidence/results/foundation a file is the summary.json of a run by `toreq train`; in evidence/results/bench it is
-what `toreq bench NAME --json FILE` wrote. Runs that differ in their seed alone share a row. Nothing in the tables is
-typed: numbers, settings, machine and commands all come from the files.
+what `toreq bench NAME --json FILE` wrote; the files beside these folders are what `toreq evidence run` wrote. Runs that
+differ in their seed alone share a row. Nothing in the tables is typed: numbers, settings, machine and commands all come
+from the files.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from scipy import stats
 from toreq import systems, training
 from toreq.bench.registry import cell, columns, names, verdict
 from toreq.errors import ToreqError
+from toreq.evidence import report as evidence
+from toreq.evidence.verdicts import Judgement
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARIES = ROOT / "evidence" / "results" / "foundation"
@@ -31,6 +34,8 @@ BENCH_FILES = ROOT / "evidence" / "results" / "bench"
 PICTURES = ROOT / "docs" / "assets" / "bench"
 NAME = "results"
 BENCHES = "benches"
+CLAIMS = "claims"
+EVIDENCE = ROOT / "evidence" / "results"
 EMPTY = "No runs are committed yet."
 NO_BENCHES = "No benchmarks are committed yet."
 SIDES = ("eqprop", "bp-eq", "bp-ff")
@@ -219,6 +224,22 @@ def body(runs: Sequence[Run]) -> str:
     )
 
 
+def claims_body(results: Path = EVIDENCE) -> str:
+    """One row for each claim: what it says, what became of it, and how much was run for that."""
+    rows = []
+    for entry in evidence.entries(results):
+        result = entry.result
+        run = "-" if result is None else f"{result.budget}, {entry.seeds} {'seed' if entry.seeds == 1 else 'seeds'}"
+        held = "-" if entry.judgement is None else _held(entry.judgement)
+        rows.append([entry.claim.id, entry.claim.sentence, f"**{entry.verdict}**", held, entry.aim, run])
+    return table(("claim", "what it says", "verdict", "criteria that hold", "aim reached", "run"), rows)
+
+
+def _held(judgement: Judgement) -> str:
+    claimed = [finding for finding in judgement.findings if not finding.condition]
+    return f"{len(judgement.holding)} of {len(claimed)}"
+
+
 def bench_command(bench: Run) -> str:
     """The command that makes a benchmark's file anew."""
     words = ["toreq", "bench", str(bench["bench"])]
@@ -293,7 +314,7 @@ def main() -> int:
     text, benches = body(load()), load_benches()
     if not check:
         draw_benches(benches)
-    files = {path: {NAME: text} for path in (ROOT / "README.md", ROOT / "docs" / "results.md")}
+    files = {ROOT / "README.md": {CLAIMS: claims_body()}, ROOT / "docs" / "results.md": {NAME: text}}
     files[ROOT / "docs" / "performance.md"] = {BENCHES: bench_body(benches)}
     return rewrite(files, check)
 

@@ -20,6 +20,7 @@ from toreq.cli import demo, evaluate, inspect, train, tune
 from toreq.cli import systems as listing
 from toreq.cli.parsing import expand_set
 from toreq.errors import ToreqError
+from toreq.evidence.registry import claims
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -74,12 +75,25 @@ def test_tables_of_the_code_are_current(path: Path) -> None:
         assert results.replace_between(text, marker, body) == text, "run: python scripts/matrix.py"
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", DOCS / "results.md"], ids=name)
-def test_the_results_are_those_of_the_summaries(path: Path) -> None:
-    text = path.read_text()
+def test_the_results_are_those_of_the_summaries() -> None:
+    text = (DOCS / "results.md").read_text()
     runs = results.load()
     assert results.replace_between(text, results.NAME, results.body(runs)) == text, "run: python scripts/results.py"
     assert (results.EMPTY in text) == (not runs)
+
+
+def test_the_claims_in_the_readme_are_those_of_their_files() -> None:
+    text = (ROOT / "README.md").read_text()
+    body = results.claims_body()
+    assert results.replace_between(text, results.CLAIMS, body) == text, "run: python scripts/results.py"
+    for one in claims():
+        assert f"| {one.id} | {one.sentence} |" in body
+
+
+def test_a_claim_without_results_is_shown_as_not_run(tmp_path: Path) -> None:
+    rows = results.claims_body(tmp_path).splitlines()[2:]
+    assert len(rows) == len(claims())
+    assert all("**not run**" in row for row in rows)
 
 
 def test_the_benchmarks_are_those_of_their_files() -> None:
