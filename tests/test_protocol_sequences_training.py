@@ -251,8 +251,10 @@ def test_the_page_gets_table_and_picture_between_its_marks(tmp_path: Path):
     assert text.endswith(f"{report.END}\nafter\n")
     assert "old" not in text
     assert "| ssm |" in text
-    assert (tmp_path / report.PICTURE).read_bytes().startswith(b"\x89PNG")
-    (axes, legend) = report.picture(_results()).axes
+    light, dark = ((tmp_path / name).read_bytes() for name in report.PICTURES)
+    assert light.startswith(b"\x89PNG")
+    assert light != dark
+    (axes, legend) = report.picture(_results(), "light").axes
     assert axes.get_title("left") == "parity"
     assert np.asarray(axes.lines[0].get_ydata()).tolist() == [50.0, pytest.approx(95.0)]
     assert not legend.axison

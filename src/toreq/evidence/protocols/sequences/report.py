@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, png
+from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, Palette, Theme, png
 from toreq.errors import DataError
 from toreq.evidence.claim import Outcome
 from toreq.evidence.protocols.sequences import models, plans
@@ -24,31 +24,35 @@ from toreq.io import atomic_write_bytes, atomic_write_text
 
 PAGE = Path("docs/protocols/sequences.md")
 BEGIN, END = "<!-- generated: sequences -->", "<!-- end of generated -->"
-PICTURE = "sequences.png"
+PICTURES: dict[str, Theme] = {"sequences-light.png": "light", "sequences-dark.png": "dark"}
 PANEL = (4.2, 3.2)
-PALETTE = PALETTES["light"]
-SETTINGS: Any = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "text.color": PALETTE.ink,
-    "axes.labelcolor": PALETTE.ink,
-    "axes.edgecolor": PALETTE.faint,
-    "xtick.color": PALETTE.ink,
-    "ytick.color": PALETTE.ink,
-    "grid.color": PALETTE.faint,
-    "grid.linewidth": 0.6,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.linewidth": 1.7,
-    "lines.markersize": 4,
-}
+
+
+def _settings(palette: Palette) -> Any:
+    return {
+        "font.size": 10,
+        "axes.titlesize": 10.5,
+        "text.color": palette.ink,
+        "axes.labelcolor": palette.ink,
+        "axes.edgecolor": palette.faint,
+        "axes.facecolor": palette.ground,
+        "figure.facecolor": palette.ground,
+        "xtick.color": palette.ink,
+        "ytick.color": palette.ink,
+        "grid.color": palette.faint,
+        "grid.linewidth": 0.6,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "lines.linewidth": 1.7,
+        "lines.markersize": 4,
+    }
 
 
 def write(results: Results, page: Path) -> None:
-    """Put the tables between the page's marks, and the picture beside it.
+    """Put the tables between the page's marks, and the pictures beside it.
 
     Raises:
         DataError: the page has no marks, or there are no runs.
@@ -62,7 +66,8 @@ def write(results: Results, page: Path) -> None:
         raise DataError("sequences.report: expected runs, got none; measure first")
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
     atomic_write_text(page, f"{before}{BEGIN}\n{tables(results)}\n{after}")
-    atomic_write_bytes(page.parent / PICTURE, png(picture(results)))
+    for name, theme in PICTURES.items():
+        atomic_write_bytes(page.parent / name, png(picture(results, theme)))
 
 
 def tables(results: Results) -> str:
@@ -136,55 +141,52 @@ def _spread(values: Sequence[float | None], form: str, width: bool = True) -> st
     return mean if found.high is None or not width else f"{mean} ± {form.format(found.high - found.mean)}"
 
 
-def picture(results: Results) -> Figure:
+def picture(results: Results, theme: Theme) -> Figure:
     """The metric against the samples seen: a panel for each task, a line for each side, its range over the seeds."""
-    tasks = _tasks(results)
+    tasks, palette = _tasks(results), PALETTES[theme]
     across = min(2, len(tasks))
     down = math.ceil((len(tasks) + 1) / across)
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(_settings(palette)):
         figure = Figure(figsize=(PANEL[0] * across, PANEL[1] * down), layout="constrained")
         FigureCanvasAgg(figure)
         panels = [figure.add_subplot(down, across, n + 1) for n in range(len(tasks) + 1)]
         for axes, task in zip(panels, tasks, strict=False):
-            _panel(axes, results, task)
+            _panel(axes, results, task, palette)
         shown = [side for side in models.SIDES if any(key[1] == side for key in results.runs)]
         panels[-1].axis("off")
-        panels[-1].legend(handles=[_handle(side) for side in shown], loc="center left", fontsize=10)
+        lines = [Line2D([], [], label=side, **_style(side, palette)) for side in shown]
+        lines.append(Line2D([], [], label="threshold", color=palette.ink, linewidth=0.8, linestyle=(0, (1, 2))))
+        panels[-1].legend(handles=lines, loc="center left", fontsize=10)
     return figure
 
 
-def _panel(axes: Axes, results: Results, task: str) -> None:
-    label = ""
-    for side in _sides(results, task):
+def _panel(axes: Axes, results: Results, task: str, palette: Palette) -> None:
+    for number, side in enumerate(_sides(results, task)):
         outcomes = results.outcomes(task, side)
         label = next(iter(outcomes[0].metrics))
         unit, threshold = outcomes[0].metrics[label].unit, outcomes[0].metrics["threshold"].value
-        # thinned markers: twenty on a line hide it
         points = mean_curve([o.curves[label] for o in outcomes])
-        x, style = [p[0] for p in points], _style(side)
-        axes.plot(x, [p[1] for p in points], **style, markevery=(list(models.SIDES).index(side), 5))
+        x, style = [p[0] for p in points], _style(side, palette)
+        # few markers, each side's at other places: twenty on a line hide it
+        axes.plot(x, [p[1] for p in points], **style, markevery=(number, 5))
         ranges = [[y for o in outcomes for at, y in o.curves[label] if at == here and y is not None] for here in x]
         axes.fill_between(x, [min(r) for r in ranges], [max(r) for r in ranges], color=style["color"], alpha=0.15, lw=0)
-        if threshold is not None:
-            axes.axhline(threshold, color=PALETTE.ink, linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.set_ylabel(f"{label} ({unit})")
+        if number == 0 and threshold is not None:
+            axes.axhline(threshold, color=palette.ink, linewidth=0.8, linestyle=(0, (1, 2)))
+            axes.set_ylabel(f"{label} ({unit})")
     axes.set_title(task, loc="left")
     axes.set_xlabel("sequences seen")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value else "0"))
 
 
-def _style(side: str) -> dict[str, Any]:
+def _style(side: str, palette: Palette) -> dict[str, Any]:
     number = list(models.SIDES).index(side)
-    colors = (*PALETTE.series, "#C9A400")
     return {
-        "color": colors[number % len(colors)],
+        # one side more than the palette has colours
+        "color": palette.series[number] if number < len(palette.series) else palette.ink,
         "linestyle": STYLES[number % len(STYLES)],
         "marker": MARKERS[number % len(MARKERS)],
     }
-
-
-def _handle(side: str) -> Line2D:
-    return Line2D([], [], label=side, **_style(side))
 
 
 def _tasks(results: Results) -> list[str]:

@@ -166,7 +166,7 @@ def _step(
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
         raise DivergenceError(
-            f"sequences.train: expected a finite loss and gradient, got {float(loss.detach())} and {float(norm)} at step "
+            f"sequences.train: expected a finite loss and gradient, got {float(loss.detach())}, {float(norm)} at step "
             f"{at.step + 1}; use a lower rate than {recipe.rate:g}"
         )
     optimizer.step()
