@@ -302,6 +302,7 @@ def test_the_command_writes_a_file_and_a_page(tmp_path: Path, monkeypatch: pytes
     assert value is not None
     assert re.search(rf"^\| class means \| {value:.1f} ", text, re.MULTILINE)
     assert "told: EWC." in text
+    assert "Still to be measured: fine-tuning, SGD; EWC; online EWC; LSTM; EqProp; ridge, 1k; ridge, 4k." in text
     assert str(tmp_path) not in text
     drawn = (tmp_path / "continual-smoke-dark.svg").read_text(encoding="utf-8")
     assert "class means" in drawn
@@ -312,4 +313,5 @@ def test_the_page_shows_the_committed_results() -> None:
     page = (ROOT / "docs" / "protocols" / "continual.md").read_text(encoding="utf-8")
     found = running.load(QUICK)
     assert pages.replaced(page, QUICK.stem, pages.body(found)) == page, f"run: {found.command} --report"
-    assert {key[1] for key in found.runs} == set(SIDES)
+    assert found.runs.keys() == {key for key in found.runs if key[0] in STREAMS and key[1] in SIDES}
+    assert running.fingerprint("quick", found.trials) == json.loads(QUICK.read_text())["protocol"], "measure anew"

@@ -78,7 +78,10 @@ def _stream(results: Results, stream: str) -> str:
         text += f" Not run, since there are no tasks of whose end it could be told: {', '.join(absent)}."
     dear = [s for s in sides.SIDES if sides.too_dear(s, stream, results.budget)]
     if dear:
-        text += f" Not run at this budget: {', '.join(dear)}."
+        text += f" Not run at this budget: {'; '.join(dear)}."
+    missing = [s for s in sides.SIDES if s not in (*present, *absent, *dear)]
+    if missing:
+        text += f" Still to be measured: {'; '.join(missing)}."
     return f"{text}\n\n{_table(head, rows)}"
 
 
@@ -168,7 +171,7 @@ def _panel(axes: Axes, results: Results, stream: str, palette: Palette) -> dict[
         (handles[side],) = axes.plot(x, y, color=color, linestyle=style, marker=marker)
         if all(p[2] is not None for p in points):
             axes.fill_between(x, [p[2] or 0 for p in points], [p[3] or 0 for p in points], color=color, alpha=0.15)
-    phase = "tasks learned" if results.streams[stream]["boundaries"] else "tenth of the stream"
+    phase = "tasks learned" if results.streams[stream]["boundaries"] else "phases of the stream met"
     axes.set(title=sides.STREAMS[stream], xlabel=phase, ylabel="accuracy on these, %", ylim=(0, 102))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return handles
