@@ -84,7 +84,8 @@ def test_failures_on_ray_are_reported(tmp_path: Path) -> None:
     assert "died" in result.failures["dies always", 0]["reason"]
 
 
-def test_ctrl_c_stops_the_workers_and_keeps_what_is_done(tmp_path: Path) -> None:
+def started(tmp_path: Path) -> subprocess.Popen[str]:
+    """A run whose first side and seed is done, and whose two workers sleep over the others."""
     code = (
         "from pathlib import Path\nfrom evidence_claims import make, sleepy\nfrom toreq.evidence import run\n"
         "if __name__ == '__main__':\n"
@@ -96,14 +97,41 @@ def test_ctrl_c_stops_the_workers_and_keeps_what_is_done(tmp_path: Path) -> None
     process = subprocess.Popen(
         [sys.executable, str(script)], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
-    file = tmp_path / "X1-full.json"
     deadline = time.monotonic() + 120
-    while not file.exists():
+    while not (tmp_path / "X1-full.json").exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.2)
     time.sleep(1)  # until the sleepers sleep
-    process.send_signal(signal.SIGINT)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_stops_the_workers_and_keeps_what_is_done(tmp_path: Path, number: signal.Signals) -> None:
+    process = started(tmp_path)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert "stopped after 1 of 3 runs, which are kept" in said
-    assert [(r["side"], r["seed"]) for r in json.loads(file.read_text())["runs"]] == [(OURS, 0)]
+    runs = json.loads((tmp_path / "X1-full.json").read_text())["runs"]
+    assert [(r["side"], r["seed"]) for r in runs] == [(OURS, 0)]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="children are found in /proc")
+def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    process = started(tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(alive(pid) for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def alive(pid: str) -> bool:
+    try:
+        # an orphan that nobody has waited for is a zombie
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -7,6 +7,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -104,6 +106,7 @@ def _serve(pipe: Any, threads: int) -> None:
     if hasattr(os, "setpgrp"):
         # Ctrl-C in the terminal goes to the parent alone, which passes it on once: a second one would not let us save.
         os.setpgrp()
+    threading.Thread(target=_follow_parent, daemon=True).start()
     while True:
         try:
             order = pipe.recv()
@@ -118,6 +121,16 @@ def _serve(pipe: Any, threads: int) -> None:
         except Exception as error:  # a protocol may raise anything: the parent records it and the other runs go on
             answer = ("failed", f"{type(error).__name__}: {error}", traceback.format_exc())
         pipe.send(answer)
+
+
+def _follow_parent() -> None:
+    """Stop this worker once its parent is gone, whatever killed that: nobody would read what it finds."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGINT)  # a trainer saves
+    time.sleep(GRACE)
+    os._exit(1)
 
 
 @dataclass
@@ -162,7 +175,7 @@ class Local:
     def run(self, jobs: Sequence[Job], done: Done) -> None:
         """Run all jobs; a worker that dies has its job run again once, the others go on."""
         waiting = deque((job, 1) for job in jobs)
-        with _stopping() as workers:
+        with _terminable(), _stopping() as workers:
             while waiting or any(w.job is not None for w in workers):
                 _assign(waiting, workers, self.jobs, self.threads)
                 for pipe in wait([w.pipe for w in workers if w.job is not None]):
@@ -211,6 +224,23 @@ def _exit(code: int | None) -> str:
     if code is not None and code < 0:
         return f"signal {signal.Signals(-code).name}"
     return f"exit code {code}"
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM counts as Ctrl-C; Python lets only the main thread say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
