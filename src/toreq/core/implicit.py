@@ -70,7 +70,8 @@ def _layer_norm(f: Activation, z: Tensor, s: Tensor, bound: Bound | None) -> Ten
 
 def _shrunk(squares: Tensor, pull: Tensor, eps: float) -> Tensor:
     """r / G; concave in r, so that Newton's steps rise to the solution as for tanh."""
-    size = squares.sqrt()
+    # above 0, where the root has no derivative
+    size = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
     r = torch.maximum(size - pull, size / (1 + pull / eps**0.5))
     for _ in range(NEWTON_STEPS):
         t = (r * r + eps).sqrt()
@@ -78,7 +79,7 @@ def _shrunk(squares: Tensor, pull: Tensor, eps: float) -> Tensor:
         r = r + step
         if bool((step.abs() <= 4 * torch.finfo(r.dtype).eps * r).all()):
             break
-    return torch.where(size > 0, r / size.clamp_min(torch.finfo(r.dtype).tiny), 1 / (1 + pull / eps**0.5))
+    return r / size
 
 
 def _complex_shrunk(squares: Tensor, pull: Tensor, eps: float) -> Tensor:
@@ -124,4 +125,28 @@ def solve_implicit(f: Activation, z: Tensor, s: Tensor, bound: Bound | None = No
             f"solve_implicit: expected one of {sorted(k.__name__ for k in _SOLVED)}, got {type(f).__name__}; put the "
             "spring on another node, or use CoarseToFine(implicit=False) with damping"
         )
-    return _SOLVED[type(f)](f, z, s, bound)
+    # a strength is real also where the bindings have been cast to complex
+    return _SOLVED[type(f)](f, z, s.real if s.is_complex() else s, bound)
+
+
+def line(f: Activation, a: Tensor, h: Tensor, bound: Bound | None = None) -> tuple[Tensor, Tensor]:
+    r"""A slope w > 0 or 0 and an offset o with :math:`w a + o = \sigma(a)` at ``a``, for the activations above.
+
+    The tangent, except under layer norm, where the slope is the gain over each token's deviation (a tangent is no
+    number per unit there) and the line is right along each token's direction.
+
+    Args:
+        f: the activation.
+        a, h: where, and ``f(a)``; ``(B, ...)``.
+        bound: what ``f.bind()`` returned.
+
+    Returns:
+        w, of the shape of ``a`` or with a last axis of 1, and o of the shape of ``a``.
+    """
+    if isinstance(f, LayerNorm):
+        bound = f.bind() if bound is None else bound
+        centred = a - a.mean(-1, keepdim=True)
+        w = bound["gain"] / ((centred * centred).mean(-1, keepdim=True) + f.eps).sqrt()
+    else:
+        w = f.derivative(a, h, torch.ones_like(h), bound)
+    return w, h - w * a

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from toreq.core import Dynamics
+from toreq.core import Dynamics, Operator
 from toreq.core.couplings import Only
 from toreq.core.state import Bindings, State
 from toreq.evidence.counting import flops
-from toreq.solvers import Solution
+from toreq.solvers import Problem, Relaxation
 
 
 def field_flops(dynamics: Dynamics, bindings: Bindings, only: Only = None) -> float:
@@ -31,20 +32,77 @@ def field_flops(dynamics: Dynamics, bindings: Bindings, only: Only = None) -> fl
 
 
 def fine_sweep(dynamics: Dynamics, bindings: Bindings) -> float:
-    """Operations of one field evaluation on every node of the finest level: the unit of work, for the whole batch."""
-    return field_flops(dynamics, bindings, dynamics.levels()[0])
+    """Operations of one field evaluation on every node of the finest level, per example: the unit of work."""
+    return field_flops(dynamics, bindings, dynamics.levels()[0]) / dynamics.batch(bindings)[0]
 
 
-def fine_sweeps(dynamics: Dynamics, bindings: Bindings, relax: Callable[[], Solution]) -> tuple[float, Solution]:
-    """The operations that ``relax()`` really ran, in units of :func:`fine_sweep`, and what it returned.
+@dataclass
+class Meter:
+    """Operations summed over all examples, and what an evaluation on a set of nodes costs one example."""
 
-    Every field evaluation counts, whatever solver asked for it and on whatever nodes, as does the start if ``relax``
-    makes it; examples that leave the batch count no more.
+    total: float = 0.0
+    costs: dict[tuple[frozenset[str], Only], float] = field(default_factory=dict)
+
+
+class Metered:
+    """A relaxation that counts the operations of every field evaluation a solver really asks for.
+
+    Examples that leave the batch count no more, nor does a field at the origin of a linear one, which is known.
 
     Args:
-        dynamics, bindings: what is relaxed.
-        relax: relaxes it, e.g. ``lambda: solver.solve(Relaxation(dynamics, bindings), start)``.
+        problem: the relaxation.
+        meter: where to count; a new one when None.
     """
-    found: list[Solution] = []
-    work = flops(lambda: found.append(relax()))
-    return work / fine_sweep(dynamics, bindings), found[0]
+
+    def __init__(self, problem: Relaxation, meter: Meter | None = None) -> None:
+        self.problem, self.meter = problem, Meter() if meter is None else meter
+
+    def field(self, h: State, only: Only = None) -> State:
+        origin = self.problem.origin
+        if self.problem.linear and origin is not None and all(t is origin[1][n] for n, t in h.items()):
+            return self.problem.field(h, only)
+        key = (frozenset(h), only)
+        size = next(iter(h.values())).shape[0]
+        if key in self.meter.costs:
+            out = self.problem.field(h, only)
+        else:
+            found: list[State] = []
+            self.meter.costs[key] = flops(lambda: found.append(self.problem.field(h, only))) / size
+            out = found[0]
+        self.meter.total += self.meter.costs[key] * size
+        return out
+
+    def activate(self, a: State, only: Only = None) -> State:
+        return self.problem.activate(a, only)
+
+    def colours(self) -> list[frozenset[str]]:
+        return self.problem.colours()
+
+    def eliminable(self) -> frozenset[str]:
+        return self.problem.eliminable()
+
+    def energy(self, a: State, h: State) -> Tensor | None:
+        return self.problem.energy(a, h)
+
+    def levels(self) -> list[frozenset[str]]:
+        return self.problem.levels()
+
+    def stiffness(self) -> State:
+        return self.problem.stiffness()
+
+    def resolved(self, z: State, stiffness: State) -> State:
+        return self.problem.resolved(z, stiffness)
+
+    def joints(self) -> list[tuple[str, str, Operator, Tensor]]:
+        return self.problem.joints()
+
+    def lines(self, a: State, h: State) -> dict[str, tuple[Tensor, Tensor]]:
+        return self.problem.lines(a, h)
+
+    def restricted(self, names: frozenset[str]) -> Problem | None:
+        part = self.problem.restricted(names)
+        return None if part is None else Metered(part, self.meter)
+
+    def selected(self, index: Tensor) -> Problem | None:
+        part = self.problem.selected(index)
+        return None if part is None else Metered(part, self.meter)

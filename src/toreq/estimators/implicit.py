@@ -5,40 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
-from toreq.core.couplings import Only
 from toreq.core.energy import Dynamics
-from toreq.core.spectral import field_products
-from toreq.core.state import State, added
+from toreq.estimators.adjoint import adjoint
 from toreq.estimators.base import Estimate, Estimator, FreePhase, Nudge, Statistics, Support
 from toreq.solvers.base import require
-
-
-class _Adjoint:
-    r"""The linear problem :math:`w = v + J^\top u,\ u = \sigma'(a_0)\,w`, in the form solvers relax."""
-
-    def __init__(self, free: FreePhase, v: State) -> None:
-        self.free, self.v = free, v
-        self.transpose, _ = field_products(free.dynamics, free.h, free.bindings)
-
-    def activate(self, a: State, only: Only = None) -> State:
-        wanted = {n: t for n, t in a.items() if only is None or n in only}
-        return self.free.dynamics.derivative(self.free.a, self.free.h, wanted, self.free.bindings)
-
-    def field(self, h: State, only: Only = None) -> State:
-        w = added(self.transpose(h), self.v)
-        return {n: t for n, t in w.items() if only is None or n in only}
-
-    def colours(self) -> list[frozenset[str]]:
-        # every product costs a whole sweep, so block order would not pay
-        return [frozenset(self.free.dynamics.names)]
-
-    def eliminable(self) -> frozenset[str]:
-        return frozenset()
-
-    def energy(self, a: State, h: State) -> Tensor | None:
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +38,7 @@ class Implicit(Estimator):
 
     def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
         v = nudge.cotangent(free.h)
-        problem = _Adjoint(free, v)
+        problem = adjoint(free, v)
         start = {n: v[n] if n in v else t.new_zeros(t.shape) for n, t in free.a.items()}
         steps = free.solver.max_steps if self.max_steps is None else self.max_steps
         solver = replace(free.solver, tolerance=self.tolerance, max_steps=steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from toreq.core.state import State
 from toreq.solvers.anderson import Anderson, _flatten, _History, _unflatten
 from toreq.solvers.base import require
-from toreq.solvers.problem import Layered, Problem
+from toreq.solvers.problem import Joint, Layered, Measure, Problem, relative
+from toreq.solvers.solution import Solution, Step
+from toreq.solvers.springs import Chain, chains, settle_chain
 
 Blocks = list[frozenset[str]]
 
@@ -20,6 +23,7 @@ class _Plan(_History):
     """What Anderson carries, the order of the sweep, and the state that the latest sweep led to."""
 
     blocks: list[Blocks] | None = None  # by level, the coarsest first
+    chains: list[Chain] | None = None  # nodes that springs join, updated together after the blocks
     stiffness: State | None = None
     swept: tuple[State, State] | None = None
 
@@ -34,44 +38,87 @@ class CoarseToFine(Anderson):
 
     .. math:: a + s\,\sigma(a) = f(h) + s h
 
-    instead of f, so that springs of any strength are stable without damping. The step as a whole is the map that
+    instead of f, so that springs of any strength are stable without damping. With ``joint`` the nodes that springs join
+    are updated on all levels at once, to the solution of :math:`a + S\,\sigma(a) = f(h) + S h` with the springs' whole
+    curvature S: how fast a step contracts then hardly depends on their strength. The step as a whole is the map that
     Anderson's method extrapolates; nodes that can be recomputed from all others are left out of it, as in
-    :class:`~toreq.solvers.Anderson`. The equilibrium is that of any other solver. Without levels or springs this is the
-    ordinary block sweep.
+    :class:`~toreq.solvers.Anderson`. The equilibrium is that of any other solver. Without levels and springs this is
+    the ordinary block sweep.
 
     Args:
         accelerated: extrapolate over the sweep; else take the sweeps as they are.
-        implicit: treat springs implicitly.
+        implicit: treat springs implicitly; else as any other coupling, which needs damping where they are stiff.
+        joint: solve replicating springs on all levels at once.
+        rounds: linearisations of that solve per step, at least 1.
+        nested: sweeps of the levels l to L, for every l from the coarsest to the second finest, before a free phase's
+            first step; 0 for none.
         coarse_sweeps: sweeps of each coarser level before the next finer one is visited, at least 1.
         level_damping: mixing in (0, 1] per level, the finest first; the last value stands for all coarser ones.
     """
 
+    length: int = 5
     accelerated: bool = True
     implicit: bool = True
+    joint: bool = True
+    rounds: int = 2
+    nested: int = 0
     coarse_sweeps: int = 1
     level_damping: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        count = self.coarse_sweeps
-        require("CoarseToFine", "coarse_sweeps", count, count >= 1, "an integer >= 1", "try 1")
+        for name, least in (("rounds", 1), ("coarse_sweeps", 1), ("nested", 0)):
+            value = getattr(self, name)
+            require("CoarseToFine", name, value, value >= least, f"an integer >= {least}", f"try {least or 1}")
         given = self.level_damping
         ok = isinstance(given, tuple) and len(given) > 0 and all(0 < d <= 1 for d in given)
         require("CoarseToFine", "level_damping", given, ok, "numbers in (0, 1]", "use (1.0,)")
 
     def begin(self, problem: Problem, a: State, h: State) -> _Plan:
         history = super().begin(problem, a, h)
+        plan = _Plan(**{f.name: getattr(history, f.name) for f in fields(history)})
         layered = isinstance(problem, Layered)
         levels = problem.levels() if layered else [frozenset(a)]
-        groups = [history.eliminated, *(c - history.eliminated for c in problem.colours())]
-        blocks = [[g & level for g in groups if g & level] for level in reversed(levels)]
-        stiffness = problem.stiffness() if layered and self.implicit else {}
-        return _Plan(**{f.name: getattr(history, f.name) for f in fields(history)}, blocks=blocks, stiffness=stiffness)
+        plan.stiffness = problem.stiffness() if layered and self.implicit else {}
+        plan.chains = chains(problem) if self.implicit and self.joint and isinstance(problem, Joint) else []
+        joined = frozenset(n for c in plan.chains for n in c.nodes)
+        groups = [plan.eliminated, *(c - plan.eliminated - joined for c in problem.colours())]
+        plan.blocks = [[g & level for g in groups if g & level] for level in reversed(levels)]
+        return plan
 
     def checked(self, carry: Any, old: tuple[State, State], new: tuple[State, State]) -> tuple[State, State]:
         # the residual was measured inside the sweep: what the sweep led to is nearer than what it began at
         assert carry.swept is not None
         return carry.swept
+
+    def solve(
+        self,
+        problem: Problem,
+        a: State,
+        measure: Measure = relative,
+        callback: Callable[[Step], None] | None = None,
+        record: bool | str = False,
+        h: State | None = None,
+    ) -> Solution:
+        # activations that are known belong to a state that has settled already
+        if self.nested and h is None:
+            a = self._nested(problem, a)
+        return super().solve(problem, a, measure, callback, record, h)
+
+    def _nested(self, problem: Problem, a: State) -> State:
+        levels = problem.levels() if isinstance(problem, Layered) else []
+        for first in range(len(levels) - 1, 0, -1):
+            assert isinstance(problem, Layered)
+            part = problem.restricted(frozenset().union(*levels[first:]))
+            if part is None:
+                return a
+            b = {n: a[n] for n in a if any(n in level for level in levels[first:])}
+            h = part.activate(b)
+            plan = self.begin(part, b, h)
+            for _ in range(self.nested):
+                b, h, _ = self._swept(part, b, h, plan)
+            a = {**a, **b}
+        return a
 
     def step(self, problem: Problem, a: State, h: State, carry: Any) -> tuple[State, State, State]:
         y, hy, residual = self._swept(problem, a, h, carry)
@@ -86,28 +133,42 @@ class CoarseToFine(Anderson):
 
     def _swept(self, problem: Problem, a: State, h: State, carry: _Plan) -> tuple[State, State, State]:
         """One sweep: the state it leads to, its activations, and each moved node's residual when it was visited."""
-        assert carry.blocks is not None
         a, h, residual = dict(a), dict(h), {}
         if carry.eliminated:
             first = problem.field(h, carry.eliminated)
             a.update(first)
             h.update(problem.activate(first))
-        count = len(carry.blocks)
+        self._sweep_levels(problem, a, h, residual, carry)
+        for chain in carry.chains or []:
+            assert isinstance(problem, Joint)
+            field = problem.field(h, frozenset(chain.nodes))
+            residual.update({n: f - a[n] for n, f in field.items()})
+            part, part_h = {n: a[n] for n in chain.nodes}, {n: h[n] for n in chain.nodes}
+            pull = chain.stretched(part_h)
+            new = settle_chain(problem, chain, part, part_h, {n: f + pull[n] for n, f in field.items()}, self.rounds)
+            new = new if self.damping == 1 else {n: torch.lerp(a[n], t, self.damping) for n, t in new.items()}
+            a.update(new)
+            h.update(problem.activate(new))
+        return a, h, residual
+
+    def _sweep_levels(self, problem: Problem, a: State, h: State, residual: State, carry: _Plan) -> None:
+        """Updates what is not in a chain, level by level, in ``a`` and ``h``."""
+        assert carry.blocks is not None
+        finest = len(carry.blocks) - 1
         for i, blocks in enumerate(carry.blocks):
-            damping = self.damping * self.level_damping[min(count - 1 - i, len(self.level_damping) - 1)]
-            for sweep in range(1 if i == count - 1 else self.coarse_sweeps):
+            damping = self.damping * self.level_damping[min(finest - i, len(self.level_damping) - 1)]
+            if all(block <= carry.eliminated for block in blocks):
+                continue
+            for sweep in range(1 if i == finest else self.coarse_sweeps):
                 for block in blocks:
-                    free = block <= carry.eliminated
-                    if free and sweep == 0:
+                    if block <= carry.eliminated and sweep == 0:
                         continue
                     field = problem.field(h, block)
-                    if not free:
-                        for n in block - residual.keys():
-                            residual[n] = field[n] - a[n]
+                    if not block <= carry.eliminated:
+                        residual.update({n: f - a[n] for n, f in field.items() if n not in residual})
                         field = self._update(problem, a, h, field, damping, carry)
                     a.update(field)
                     h.update(problem.activate(field))
-        return a, h, residual
 
     @staticmethod
     def _update(problem: Problem, a: State, h: State, field: State, damping: float, carry: _Plan) -> State:

@@ -9,9 +9,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from toreq.core.couplings import Only
+from toreq.core.couplings import Only, Spring
 from toreq.core.energy import Dynamics, Energy
-from toreq.core.implicit import solve_implicit
+from toreq.core.implicit import line, solve_implicit
+from toreq.core.operators import Operator
+from toreq.core.resampling import Replicate
 from toreq.core.state import Bindings, State, added, difference, dot, halves, norm, selected, take
 
 
@@ -54,7 +56,7 @@ class Roundable(Protocol):
 
 
 @runtime_checkable
-class Layered(Protocol):
+class Layered(Problem, Protocol):
     """A problem whose nodes lie on levels from fine to coarse, and pull on themselves with known strengths."""
 
     def levels(self) -> list[frozenset[str]]: ...
@@ -67,6 +69,19 @@ class Layered(Protocol):
 
     def restricted(self, names: frozenset[str]) -> Problem | None:
         """The same without all other nodes and what joins them; None where that is not known."""
+        ...
+
+
+@runtime_checkable
+class Joint(Layered, Protocol):
+    """A layered problem that knows which springs replicate a node onto a finer one."""
+
+    def joints(self) -> list[tuple[str, str, Operator, Tensor]]:
+        """Finer node, coarser node, the operator from the coarser to the finer, and the strength."""
+        ...
+
+    def lines(self, a: State, h: State) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per node a slope and an offset of its activation, see :func:`toreq.core.implicit.line`."""
         ...
 
 
@@ -175,6 +190,17 @@ class Relaxation:
             n: solve_implicit(own.activation(n), t, stiffness[n], self.bindings[f"node_{n}"]) if n in stiffness else t
             for n, t in z.items()
         }
+
+    def joints(self) -> list[tuple[str, str, Operator, Tensor]]:
+        return [
+            (c.a, c.b, c.op, bound["strength"])
+            for c, bound in self._terms or []
+            if isinstance(c, Spring) and isinstance(c.op, Replicate)
+        ]
+
+    def lines(self, a: State, h: State) -> dict[str, tuple[Tensor, Tensor]]:
+        own = self.dynamics
+        return {n: line(own.activation(n), t, h[n], self.bindings[f"node_{n}"]) for n, t in a.items()}
 
     def restricted(self, names: frozenset[str]) -> Relaxation | None:
         """The same relaxation of these nodes, without the couplings to others; None for a map that has no terms."""
