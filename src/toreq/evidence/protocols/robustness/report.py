@@ -64,7 +64,8 @@ def replaced(text: str, name: str, content: str) -> str:
     if text.count(begin) != 1 or text.count(end) != 1:
         raise DataError(f"robustness: expected {begin} and {end} once on the page, got neither or several; put them in")
     head, rest = text.split(begin)
-    return f"{head}{begin}\n\n{content.strip()}\n\n{end}{rest.split(end)[1]}"
+    inner = content.strip("\n")  # not spaces: a command at the top is indented
+    return f"{head}{begin}\n\n{inner}\n\n{end}{rest.split(end)[1]}"
 
 
 def body(found: Mapping[str, Any]) -> str:
@@ -120,12 +121,15 @@ def _trainings(runs: Runs) -> str:
 
 def attack_table(runs: Runs) -> str:
     """Accuracy in percent under each attack, mean over seeds with its 95% interval."""
-    rows = [
-        [name, *(_cell(_values(runs, name, metric)) for metric in ("clean accuracy", *ATTACKS.values()))]
-        for name in _names(runs)
-        if _values(runs, name, "gradients not masked")
-    ]
-    return _table(["side", "clean", *ATTACKS], rows)
+    rows = []
+    for name in _names(runs):
+        if not _values(runs, name, "gradients not masked"):
+            continue
+        curves = [outcome.curves["pgd linf"] for (side, _), outcome in sorted(runs.items()) if side == name]
+        before = [curve[0][1] for curve in curves]
+        clean = _cell([value for value in before if value is not None])
+        rows.append([name, clean, *(_cell(_values(runs, name, metric)) for metric in ATTACKS.values())])
+    return _table(["side", "no attack", *ATTACKS], rows)
 
 
 def signs(runs: Runs) -> str:
