@@ -1,6 +1,6 @@
 """How errors travel through deep TPEqProp networks: the size of each level's error by depth and branch scaling.
 
-    python scripts/tpeqprop_depth.py [--depths 2 8 32 128] [--width 64] [--steps 100]
+    python scripts/tpeqprop_depth.py [--depths 2 8 32 128] [--scalings sqrt linear] [--width 64] [--steps 100]
 
 For each depth and each scaling of the residual branches (by the root of their number, by their number, not at all),
 at initialisation and after some steps of Adam on MNIST: the size of the error node at the first level and in the
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from toreq import data
+from toreq.errors import DivergenceError
 from toreq.estimators import Implicit
 from toreq.systems.tpeqprop import DEPTH_SCALES, TPEqProp
 from toreq.systems.tpeqprop_nets import PredictiveResidual
@@ -48,18 +49,32 @@ def measured(net: TPEqProp, x: Tensor, y: Tensor) -> list[str]:
     last = errors[-1]
     states = list(net.equilibrium.solve(x).h.values())
     growth = (states[-1].flatten(1).norm(dim=1) / states[0].flatten(1).norm(dim=1)).median()
-    ratios = [float((errors[i] / last).median()) for i in (0, len(errors) // 2)]
+    ratios = [float((errors[i] / last).nanmedian()) for i in (0, len(errors) // 2)]
     off = 1 - smallest_cosine(net, x, y)
     return [f"{ratios[0]:.3g}", f"{ratios[1]:.3g}", f"{float(growth):.3g}", f"{off:.1e}"]
 
 
-def study(depths: list[int], width: int, steps: int, rate: float, seed: int) -> None:
+def trained(net: TPEqProp, mnist: data.Dataset, steps: int, rate: float) -> float:
+    """Train in place; return the mean loss of the last 20 batches."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=rate)
+    losses = []
+    for i in range(steps):
+        part = slice(100 * i, 100 * (i + 1))
+        optimizer.zero_grad()
+        loss = net.criterion(net(mnist.inputs("train", part)), mnist.train_y[part])
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return sum(losses[-20:]) / len(losses[-20:])
+
+
+def study(depths: list[int], scalings: list[str], width: int, steps: int, rate: float, seed: int) -> None:
     """Print the table."""
     mnist = data.load("mnist").limit(train=100 * steps + 100, test=1)
     head = ("levels", "scaling", "when", "first/last", "middle/last", "state growth", "1 - cosine", "loss")
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
     for depth in depths:
-        for scaling in DEPTH_SCALES:
+        for scaling in scalings:
             torch.manual_seed(seed)
             net = PredictiveResidual(mnist.input_shape, 10, width=width, levels=depth, depth_scale=scaling)
             x, y = mnist.inputs("train", slice(0, 32)), mnist.train_y[:32]
@@ -68,16 +83,12 @@ def study(depths: list[int], width: int, steps: int, rate: float, seed: int) -> 
             print(
                 "| " + " | ".join([str(depth), scaling, "init", *measured(net, x, y), f"{loss:.3g}"]) + " |", flush=True
             )
-            optimizer = torch.optim.Adam(net.parameters(), lr=rate)
-            total = 0.0
-            for i in range(steps):
-                part = slice(100 * i, 100 * (i + 1))
-                optimizer.zero_grad()
-                step = net.criterion(net(mnist.inputs("train", part)), mnist.train_y[part])
-                step.backward()
-                optimizer.step()
-                total += float(step.detach()) if i >= steps - 20 else 0.0
-            row = [str(depth), scaling, f"after {steps}", *measured(net, x, y), f"{total / min(20, steps):.3g}"]
+            start = [str(depth), scaling, f"after {steps}"]
+            try:
+                mean = trained(net, mnist, steps, rate)
+                row = [*start, *measured(net, x, y), f"{mean:.3g}"]
+            except DivergenceError:
+                row = [*start, "-", "-", "-", "-", "diverged"]
             print("| " + " | ".join(row) + " |", flush=True)
 
 
@@ -85,13 +96,14 @@ def main() -> None:
     """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 8, 32, 128])
+    parser.add_argument("--scalings", nargs="+", default=list(DEPTH_SCALES), choices=list(DEPTH_SCALES))
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    study(given.depths, given.width, given.steps, given.rate, given.seed)
+    study(given.depths, given.scalings, given.width, given.steps, given.rate, given.seed)
 
 
 if __name__ == "__main__":

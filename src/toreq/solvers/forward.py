@@ -10,6 +10,7 @@ from torch import Tensor
 
 from toreq.core.prediction import PredictionEnergy
 from toreq.core.state import State
+from toreq.solvers.anderson import Anderson
 from toreq.solvers.fixed_point import FixedPoint
 from toreq.solvers.problem import Measure, Problem, Relaxation, relative
 from toreq.solvers.solution import Solution, Step, Trace
@@ -19,8 +20,10 @@ from toreq.solvers.solution import Solution, Step, Trace
 class Forward(FixedPoint):
     """The forward pass of a chain of predictions: one sweep, in which each level is computed once from settled ones.
 
-    The sweep ends exactly at the equilibrium, so its residual is zero and nothing is iterated. Whatever is no such
-    chain (a ring, or the linear problem of an adjoint) is relaxed as by :class:`~toreq.solvers.FixedPoint`.
+    The sweep ends exactly at the equilibrium, so its residual is zero and nothing is iterated. Other problems are
+    relaxed: nudged phases of the whole energy, whose plain iteration does not contract on a chain, by
+    :class:`~toreq.solvers.Anderson` over ten iterates; rings, and the linear problem of an adjoint, which ends after as
+    many steps as there are levels, as by :class:`~toreq.solvers.FixedPoint`.
     """
 
     def solve(
@@ -32,9 +35,13 @@ class Forward(FixedPoint):
         record: bool | str = False,
         h: State | None = None,
     ) -> Solution:
-        network = problem.dynamics if isinstance(problem, Relaxation) else None
-        if not isinstance(network, PredictionEnergy) or network.order is None or problem.extra is not None:  # type: ignore[union-attr]
+        network = problem.dynamics if isinstance(problem, Relaxation) and problem.extra is None else None
+        if not isinstance(network, PredictionEnergy) or network.order is None:
             return super().solve(problem, a, measure, callback, record, h)
+        assert isinstance(problem, Relaxation)
+        if not problem.as_map:
+            joint = Anderson(length=10, max_steps=self.max_steps, tolerance=self.tolerance, compaction=self.compaction)
+            return joint.solve(problem, a, measure, callback, record, h)
         state: State = {}
         for n in network.order:
             state.update(problem.field(state, frozenset([n])))

@@ -115,7 +115,7 @@ def chain(embed: nn.Module, *blocks: nn.Module, example: Tensor, estimator: Esti
             h = module(h)
             shapes.append(tuple(h.shape[1:]))
     levels = Levels(embed, list(blocks), shapes, nn.Identity())
-    return Equilibrium(prediction_energy(levels), Forward(), estimator)
+    return Equilibrium(prediction_energy(levels), default_solver("chain", len(shapes)), estimator)
 
 
 class FeedForward(nn.Module):
@@ -158,7 +158,7 @@ class TPEqProp(System):
         self.topology = topology_of(topology)
         parts = self.levels()
         if solver is None:
-            solver = default_solver(topology)
+            solver = default_solver(topology, len(parts.shapes))
         energy = prediction_energy(parts, topology)
         self.assemble(energy, solver, Predictive() if estimator is None else estimator, parts.head)
 
@@ -227,10 +227,11 @@ def _size(state: State, name: str, size: int) -> Tensor:
     return state[f"eps_{name}"][:size].flatten(1).norm(dim=1)
 
 
-def default_solver(topology: str) -> Solver:
+def default_solver(topology: str, levels: int) -> Solver:
     """One pass on a chain, damped sweeps along a ring, Anderson acceleration on a loop."""
     if topology == "chain":
-        return Forward()
+        # an adjoint relaxed instead of swept (Implicit) passes one level in each step
+        return Forward(max_steps=max(100, levels + 2))
     if topology == "ring":
         return FixedPoint(order="gauss_seidel", damping=0.9)
     return Anderson(length=5)
