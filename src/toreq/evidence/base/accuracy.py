@@ -125,11 +125,14 @@ def _tuning() -> Tuning:
 
 def _protocol() -> str:
     # said from the numbers themselves, so that changing one of them makes earlier results stale
-    recipes = {arch: training.config_for("toreqprop", {"arch": arch}) for arch in NETS}
-    epochs = ", ".join(
-        f"{arch} {recipe.epochs} epochs" + (f" with images moved by up to {recipe.shift} pixel" if recipe.shift else "")
-        for arch, recipe in recipes.items()
-    )
+    said = []
+    for arch in NETS:
+        recipe = training.config_for("toreqprop", {"arch": arch})
+        words = [f"{arch} {EPOCHS.get(arch, recipe.epochs)} epochs"]
+        words += [f"images moved by up to {recipe.shift} pixel"] if recipe.shift else []
+        words += [f"{name} {value}" for name, value in OPTIONS.get(arch, {}).items()]
+        said.append(" with ".join([words[0], " and ".join(words[1:])]) if words[1:] else words[0])
+    epochs = ", ".join(said)
     sizes = ", ".join(f"{arch} {count:,}" for arch, count in TUNED_ON.items())
     return f"""
     MNIST test accuracy after the recipe of each architecture ({epochs}; Adam, schedule and batch), the same for all
