@@ -279,3 +279,10 @@ def test_the_command_measures_and_reports(
     file.write_text("{}", encoding="utf-8")
     assert command.main(words) == 1
     assert "move the file away" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_committed_results():
+    root = Path(__file__).parents[1]
+    text = (root / report.PAGE).read_text(encoding="utf-8")
+    shown = text[text.index(report.BEGIN) + len(report.BEGIN) : text.index(report.END)]
+    assert shown.strip() == report.tables(running.read(root / command.OUT / "sequences-quick.json")).strip()
