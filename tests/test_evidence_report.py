@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,17 @@ def test_the_largest_fresh_budget_is_shown_and_the_others_named(tmp_path: Path, 
     assert entry.result.budget == "quick"
     assert entry.others == {"smoke": "not settled", "full": "stale"}
     assert entry.verdict == "holds"
+
+
+def test_a_claim_without_an_aim_has_none_to_reach(tmp_path: Path, registered: list[Claim]) -> None:
+    aimless = Criterion("score", "score", "%", "at_least", OURS, target=1.0)
+    registered.append(make(criteria=(aimless,)))
+    run(registered, budget="full", results=tmp_path)
+    (entry,) = report.entries(tmp_path)
+    assert entry.verdict == "holds"
+    assert entry.aim == "-"
+    registered[0] = make(criteria=(replace(aimless, aim=1.0),))
+    assert report.entries(tmp_path)[0].aim == "yes"
 
 
 def test_a_page_that_cannot_be_written_is_said(tmp_path: Path, registered: list[Claim]) -> None:

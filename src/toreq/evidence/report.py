@@ -44,8 +44,8 @@ class Entry:
 
     @property
     def aim(self) -> str:
-        """Whether the aim is reached, in a word."""
-        if self.judgement is None or self.stale:
+        """Whether the aim is reached, in a word; a dash where the claim has none of its own."""
+        if self.judgement is None or self.stale or all(c.aim is None for c in self.claim.criteria):
             return "-"
         return {True: "yes", False: "no", None: "not settled"}[self.judgement.aim_reached]
 
