@@ -49,7 +49,8 @@ def _tanh(f: Activation, z: Tensor, s: Tensor, bound: Bound | None) -> Tensor:
         h = (g * a).tanh()
         step = (size - a - s * h) / (1 + s * g * (1 - h * h))
         a = a + step
-        if bool((step.abs() <= 4 * torch.finfo(a.dtype).eps * a).all()):
+        # convergence is quadratic: what is left is about the square of the step
+        if bool((step.abs() <= 0.1 * torch.finfo(a.dtype).eps ** 0.5 * a).all()):
             break
     return a.copysign(z)
 
@@ -77,7 +78,7 @@ def _shrunk(squares: Tensor, pull: Tensor, eps: float) -> Tensor:
         t = (r * r + eps).sqrt()
         step = (size - r - pull * r / t) / (1 + pull * eps / t**3)
         r = r + step
-        if bool((step.abs() <= 4 * torch.finfo(r.dtype).eps * r).all()):
+        if bool((step.abs() <= 0.1 * torch.finfo(r.dtype).eps ** 0.5 * r).all()):
             break
     return r / size
 

@@ -49,7 +49,7 @@ class CoarseToFine(Anderson):
         accelerated: extrapolate over the sweep; else take the sweeps as they are.
         implicit: treat springs implicitly; else as any other coupling, which needs damping where they are stiff.
         joint: solve replicating springs on all levels at once.
-        rounds: linearisations of that solve per step, at least 1.
+        rounds: most linearisations of that solve per step, at least 1.
         nested: sweeps of the levels l to L, for every l from the coarsest to the second finest, before a free phase's
             first step; 0 for none.
         coarse_sweeps: sweeps of each coarser level before the next finer one is visited, at least 1.
@@ -60,7 +60,7 @@ class CoarseToFine(Anderson):
     accelerated: bool = True
     implicit: bool = True
     joint: bool = True
-    rounds: int = 2
+    rounds: int = 3
     nested: int = 0
     coarse_sweeps: int = 1
     level_damping: tuple[float, ...] = (1.0,)

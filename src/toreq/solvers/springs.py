@@ -17,6 +17,9 @@ from toreq.core.operators import Operator
 from toreq.core.state import State, norm, per_example
 from toreq.solvers.problem import Joint, Layered
 
+GOAL, ACCEPTED = 0.05, 0.25
+"""Shares of the residual at which a chain is settled well enough for one step, and at which a guess is taken."""
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -106,31 +109,49 @@ def chains(problem: Joint) -> list[Chain]:
     return out
 
 
-def settle_chain(problem: Joint, chain: Chain, a: State, h: State, z: State, rounds: int = 2) -> State:
-    r"""Solves :math:`a + S\sigma(a) = z` on a chain, from the present state.
+def settle_chain(problem: Joint, chain: Chain, a: State, h: State, z: State, rounds: int = 3) -> State:
+    r"""Solves :math:`a + S\sigma(a) = z` on a chain, from the present state, to a twentieth of its residual.
 
-    Every round replaces the activations by lines, solves on all levels at once, and then level by level (each exactly,
-    its neighbours held) from coarse to fine. Where a line was a bad guess, so that the residual is larger than that of
-    the level by level solution alone, an example keeps the latter, which lowers a convex function and so cannot
-    diverge.
+    Every round replaces the activations by lines and solves on all levels at once. Where that was a bad guess, so that
+    an example's residual is above a quarter of what it was, the example takes the better of two states: the guess or
+    the present state, each solved once more level by level (exactly, the neighbours held). Solving level by level
+    lowers a convex function and so cannot diverge.
 
     Args:
         problem: gives activations, their lines, and the solutions level by level.
         chain: the levels.
         a, h: where to begin; the nodes of the chain.
         z: right side.
-        rounds: at least 1.
+        rounds: most rounds, at least 1.
     """
+    size = _residual(chain, z, a, h)
+    goal = GOAL * size
+    active = size > goal
     for _ in range(rounds):
-        plain = _swept(problem, chain, z, a, h)
+        if not bool(active.any()):
+            break
         guess = chain.eliminated(z, problem.lines(a, h))
-        joint = _swept(problem, chain, z, guess, problem.activate(guess))
-        better = _residual(chain, z, *joint) < _residual(chain, z, *plain)
-        a, h = (
-            {n: torch.where(per_example(better, t), t, p[n]) for n, t in j.items()}
-            for j, p in zip(joint, plain, strict=True)
-        )
+        new = (guess, problem.activate(guess))
+        left = _residual(chain, z, *new)
+        good = left <= ACCEPTED * size
+        if not bool((good | ~active).all()):
+            joint, plain = _swept(problem, chain, z, *new), _swept(problem, chain, z, a, h)
+            ends = _residual(chain, z, *joint), _residual(chain, z, *plain)
+            other = _chosen(ends[0] < ends[1], joint, plain)
+            new = _chosen(good, new, other)
+            left = torch.where(good, left, torch.where(ends[0] < ends[1], *ends))
+        a, h = _chosen(active, new, (a, h))
+        size = torch.where(active, left, size)
+        active = active & (size > goal)
     return a
+
+
+def _chosen(which: Tensor, first: tuple[State, State], second: tuple[State, State]) -> tuple[State, State]:
+    a, h = (
+        {n: torch.where(per_example(which, t), t, y[n]) for n, t in x.items()}
+        for x, y in zip(first, second, strict=True)
+    )
+    return a, h
 
 
 def _swept(problem: Layered, chain: Chain, z: State, a: State, h: State) -> tuple[State, State]:
