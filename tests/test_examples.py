@@ -25,7 +25,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {"quickstart", "new_energy", "wrap_block", "papers", "control"}
+    tested = {"quickstart", "new_energy", "wrap_block", "papers", "predictive_transformer", "control"}
     assert {path.stem for path in FOLDER.glob("*.py")} == tested
 
 

@@ -269,7 +269,7 @@ class Predictive(Contrastive):
         beta: Tensor,
     ) -> _Found:
         if levels.order is not None:
-            return _swept(levels, h, force, beta)
+            return _swept(levels, h, force, beta, keep=before is not None)
         at = levels.linearised(h)
         zero = {n: torch.zeros_like(t) for n, t in h.items()}
         start = {**zero, **force} if before is None else before
@@ -302,8 +302,9 @@ class Predictive(Contrastive):
             )
 
 
-def _swept(levels: _Levels, h: State, force: State, beta: Tensor) -> _Found:
-    """Errors of a chain at given states, and what they give, in one sweep against the forward order."""
+def _swept(levels: _Levels, h: State, force: State, beta: Tensor, keep: bool) -> _Found:
+    """Errors of a chain at given states, and what they give, in one sweep against the forward order; predictions only
+    if they are to be kept."""
     assert levels.order is not None
     # in units of -beta, a power of two, so that the way back is exact: what travels then are the adjoint's numbers, and
     # the gradient needs no other pass
@@ -314,7 +315,9 @@ def _swept(levels: _Levels, h: State, force: State, beta: Tensor) -> _Found:
         cotangent = pending.pop(n) if n in pending else torch.zeros_like(h[n])
         at = c.linearised(h, levels.bindings[name])
         message, grads[name] = at.back(cotangent, message=True, gradient=True)
-        predicted[n], eps[n] = at.out, cotangent * per_example(-beta, cotangent)
+        eps[n] = cotangent * per_example(-beta, cotangent)
+        if keep:
+            predicted[n] = at.out
         if message is not None:
             assert c.source is not None
             pending[c.source] = pending[c.source] + message if c.source in pending else message
