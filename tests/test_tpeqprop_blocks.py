@@ -159,7 +159,7 @@ def test_a_way_back_equal_to_the_weights_is_the_exact_adjoint(name: str) -> None
 
 
 def test_decay_and_shared_updates_align_both_ways() -> None:
-    """Kolen and Pollack: with the same update and the same decoupled decay, W - B shrinks by 1 - rate * decay a step."""
+    """Kolen and Pollack: same updates and the same decoupled decay shrink W - B by 1 - rate * decay a step."""
     torch.manual_seed(0)
     block = Linear(20, 10, feedback="learned").double()
     rate, decay, steps = 0.05, 0.4, 40
