@@ -1,11 +1,12 @@
-"""The adjoint problem of a pyramid, in the form in which springs can be treated implicitly."""
+"""The adjoint problem: in general by vector-Jacobian products, in closed form where couplings are linear, and for a
+pyramid in the form in which springs can be treated implicitly."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from toreq.core import LayerNorm, Operator
+from toreq.core import Energy, LayerNorm, Operator
 from toreq.core.couplings import Only
 from toreq.core.spectral import field_products
 from toreq.core.state import State, added
@@ -37,6 +38,24 @@ class Adjoint:
 
     def energy(self, a: State, h: State) -> Tensor | None:
         return None
+
+
+class LinearAdjoint(Adjoint):
+    """The same where every coupling is linear: J then is the couplings themselves, and symmetric, so that no autograd
+    is needed and block order pays as it does for the network."""
+
+    def __init__(self, free: FreePhase, v: State, energy: Energy) -> None:
+        self.free, self.v, self.dynamics = free, v, energy
+        self.terms = energy.moving(free.bindings)
+
+    def field(self, h: State, only: Only = None) -> State:
+        return Energy.accumulate(self.terms, h, self.v, only)
+
+    def colours(self) -> list[frozenset[str]]:
+        return self.dynamics.colours()
+
+    def eliminable(self) -> frozenset[str]:
+        return self.dynamics.eliminable()
 
 
 class SpringAdjoint(Adjoint):
@@ -83,4 +102,8 @@ class SpringAdjoint(Adjoint):
 
 def adjoint(free: FreePhase, v: State) -> Adjoint:
     """The adjoint problem of a free phase for the cotangent ``v``."""
-    return SpringAdjoint(free, v) if len(free.dynamics.levels()) > 1 else Adjoint(free, v)
+    if len(free.dynamics.levels()) > 1:
+        return SpringAdjoint(free, v)
+    if isinstance(free.dynamics, Energy) and free.dynamics.linear:
+        return LinearAdjoint(free, v, free.dynamics)
+    return Adjoint(free, v)
