@@ -11,7 +11,7 @@ import pytest
 
 from evidence_claims import BASE, OURS, Inline, make
 from toreq.errors import ConfigError, ToreqError, WriteError
-from toreq.evidence import Claim, run, runner, store
+from toreq.evidence import Claim, Criterion, run, runner, store
 from toreq.evidence.store import Result
 
 
@@ -124,6 +124,14 @@ def test_a_changed_protocol_makes_results_stale_and_runs_are_made_anew(tmp_path:
     assert len(lines(ran)) == 12
     assert json.loads((tmp_path / "r" / "X1-full.json.stale-1").read_text())["fingerprint"] == make().fingerprint
     assert content(tmp_path / "r")["fingerprint"] == changed.fingerprint
+
+
+def test_each_side_is_run_under_as_many_seeds_as_its_criteria_prescribe(tmp_path: Path, ran: Path) -> None:
+    ours = Criterion("ours", "score", "%", "at_least", OURS, target=85.0)
+    dear = Criterion("dear", "score", "%", "at_least", BASE, target=85.0, seeds=1)
+    once(make(criteria=(ours, dear)), tmp_path)
+    runs = [(run["side"], run["seed"]) for run in content(tmp_path)["runs"]]
+    assert sorted(runs) == sorted([*((OURS, seed) for seed in range(3)), (BASE, 0)])
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,6 +302,11 @@ class Claim:
         """Seeds to run: the most that a criterion prescribes."""
         return max(criterion.seeds for criterion in self.criteria)
 
+    def prescribed(self, side: str) -> int:
+        """Seeds to run of a side: the most that a criterion in which it takes part prescribes."""
+        parts = [c.seeds for c in self.criteria if side in (c.side, *c.versus, *c.beside)]
+        return max(parts, default=self.seeds)
+
     @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change with the protocol's words, the version and the tuning.

@@ -158,9 +158,12 @@ class _Session:
         self.results[claim.id] = result
         self._plan_searches(claim, result, again)
         result.forget_untuned(claim)
-        count = seeds if seeds is not None else claim.seeds if self.budget.conclusive else 1
-        for seed in range(count):
+        default = {side: claim.prescribed(side) if self.budget.conclusive else 1 for side in claim.sides}
+        counts = default if seeds is None else dict.fromkeys(claim.sides, seeds)
+        for seed in range(max(counts.values())):
             for side in claim.sides:
+                if seed >= counts[side]:
+                    continue
                 if again or (side, seed) not in result.runs:
                     where = store.scratch(self.folder, claim, self.budget.name, side, seed).resolve()
                     self.todo.append(Job(claim, Trial(self.budget, side, seed, self.device, where)))
