@@ -17,6 +17,9 @@ from toreq.data import Dataset, balanced_subset, load, seeded
 from toreq.data.dataset import to_unit
 from toreq.errors import ConfigError, DataError
 
+KEPT = 2**26
+"""Bytes of rendered test images that a stream may keep: turning them again after every phase costs more than learning
+does."""
 ORDER, TRANSFORM, MIX = range(3)
 """Keys of the random draws, so that none depends on how many another one takes."""
 
@@ -310,6 +313,7 @@ class DriftingStream(Stream):
         if not 1 <= phases <= total:
             raise ConfigError(f"DriftingStream: expected 1 to {total} phases, got {phases}; use 10")
         self.kind, self.tests = kind, phases
+        self._rendered: dict[int, Tensor] = {}
         self._swapped = _prefixes(data.train_x[0].numel(), seeded(seed, TRANSFORM)) if kind == "permutation" else None
         index = torch.randperm(total, generator=seeded(seed, ORDER))
         place = torch.arange(total, dtype=torch.float64) / total
@@ -325,8 +329,13 @@ class DriftingStream(Stream):
 
     def test(self, number: int) -> tuple[Tensor, Tensor]:
         """All test images as they are in the middle of a phase."""
-        place = torch.full((len(self.data.test_y),), (number + 0.5) / self.tests, dtype=torch.float64)
-        return self.render(self.data.test_x, place), self.data.test_y
+        if number not in self._rendered:
+            place = torch.full((len(self.data.test_y),), (number + 0.5) / self.tests, dtype=torch.float64)
+            x = self.render(self.data.test_x, place)
+            if self.tests * x.numel() * x.element_size() > KEPT:
+                return x, self.data.test_y
+            self._rendered[number] = x
+        return self._rendered[number], self.data.test_y
 
     def describe(self) -> dict[str, Any]:
         """What the stream is, for a result."""
