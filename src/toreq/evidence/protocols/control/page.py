@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, png
 from toreq.errors import DataError, ToreqError
@@ -95,7 +96,7 @@ def _table(results: Results) -> str:
 def _cell(values: Sequence[float | None], digits: int) -> str:
     """Mean and half the interval; how many seeds have a number, where some have none."""
     known = [v for v in values if v is not None]
-    if not known:
+    if not known:  # measured without a value: the threshold was not reached
         return "never" if values else "-"
     at = interval(known)
     text = f"{at.mean:,.{digits}f}"
@@ -129,7 +130,9 @@ def draw(results: Results) -> Figure:
         figure = Figure(figsize=(5.4, 3.5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        for index, side in enumerate(side for side in SIDES if side in results.sides()):
+        for index, side in enumerate(SIDES):  # a side looks the same in every picture
+            if side not in results.sides():
+                continue
             curves = [results.runs[side, seed].curves["return"] for seed in results.seeds(side)]
             color = palette.series[index]
             for curve in curves if len(curves) > 1 else []:
@@ -149,6 +152,7 @@ def draw(results: Results) -> Figure:
         pushed = ", pushed" if task.pushed else ""
         axes.set(title=f"{task.env}{pushed}: evaluation episodes", xlabel="steps of the environment", ylabel="return")
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         figure.legend(loc="outside lower center", ncols=2)
         return figure

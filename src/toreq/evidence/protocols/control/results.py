@@ -98,9 +98,9 @@ class Results:
         return sorted(seed for own, seed in self.runs if own == side)
 
     def numbers(self, side: str, metric: str) -> list[float | None]:
-        """A metric of every seed of a side; None where there is no number."""
-        found = [self.runs[side, seed].metrics.get(metric) for seed in self.seeds(side)]
-        return [None if quantity is None else quantity.value for quantity in found]
+        """A metric of every seed of a side that has it; None where it has no value."""
+        found = [self.runs[side, seed].metrics for seed in self.seeds(side)]
+        return [metrics[metric].value for metrics in found if metric in metrics]
 
 
 def settings(values: Sequence[Any]) -> dict[str, Any]:
