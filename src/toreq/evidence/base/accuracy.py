@@ -205,7 +205,7 @@ CLAIM = Claim(
     picture=Picture(
         "MNIST test accuracy after training",
         x_label="test accuracy (%)",
-        metrics=("accuracy", "accuracy, couplings off"),
+        metrics=("accuracy",),
     ),
     printed=("accuracy, couplings off", "radius"),
     tuning=_tuning(),
