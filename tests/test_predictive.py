@@ -185,6 +185,28 @@ def test_beta_is_a_power_of_two_near_the_one_asked_for() -> None:
     assert bool(((response > 1e-7) & (response < 1e-5)).all())
 
 
+def test_errors_that_grow_on_their_way_down_stay_small() -> None:
+    torch.manual_seed(0)
+    names = [f"h{i + 1}" for i in range(10)]
+    terms = [Residual(Given(), "h1", drive=nn.Linear(3, 6))]
+    for n, s in zip(names[1:], names[:-1], strict=True):
+        terms.append(Residual(Stack(Pointwise("tanh"), Linear(6, 6, 4.0)), n, source=s, inject=False))
+    energy = PredictionEnergy(terms, dict.fromkeys(names, (6,)))
+    layer, x = Equilibrium(energy, Forward()), torch.randn(5, 3)
+    layer(x).square().sum().backward()
+    found = {n: p.grad.double() for n, p in layer.named_parameters() if p.grad is not None}
+    assert layer.last.nudged is not None
+    response = layer.last.nudged.response
+    assert response is not None
+    assert bool(((response > 0.49e-6) & (response < 1.01e-6)).all())
+    layer.double().zero_grad()
+    layer.estimator = Unrolled()
+    layer(x.double()).square().sum().backward()
+    for n, p in layer.named_parameters():
+        assert p.grad is not None
+        assert float((found[n] - p.grad).norm() / p.grad.norm()) < 1e-4, n
+
+
 def test_states_move_only_where_the_tolerance_asks_for_it() -> None:
     layer, x = _chain(), _input()
     v, h0 = _cotangent(layer, x), layer.solve(x).h

@@ -11,7 +11,7 @@ from torch import Tensor
 from toreq.core.couplings import Only
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.residual import Linearised, Residual, forward_order
-from toreq.core.state import Bindings, State, added, difference, per_example, scaled, stacked
+from toreq.core.state import Bindings, State, added, difference, norm, per_example, scaled, stacked
 from toreq.errors import DivergenceError
 from toreq.estimators.base import Contrastive, Estimate, FreePhase, Nudge, Statistics, Support
 from toreq.estimators.pairs import relative_response
@@ -185,16 +185,15 @@ class Predictive(Contrastive):
         v = nudge.cotangent(free.h)
         beta, active = self.betas(free, v), self.active(v)
         levels = _Levels(energy, free.bindings)
-        first = self._phase(levels, free, v, beta, active, record)
-        if not self.two_sided:
-            return self._estimate(free, beta, first)
-        second = self._phase(levels, free, v, -beta, active, record)
-        grads = {name: {k: 0.5 * (g + second[1][name][k]) for k, g in part.items()} for name, part in first[1].items()}
-        return self._estimate(free, beta, (_pair(first[0], second[0]), grads))
+        solution, grads, beta = self._phase(levels, free, v, beta, active, record)
+        if self.two_sided:
+            other, more, _ = self._phase(levels, free, v, -beta, active, record)
+            grads = {name: {k: 0.5 * (g + more[name][k]) for k, g in part.items()} for name, part in grads.items()}
+            solution = _pair(solution, other)
+        return self._estimate(free, beta, solution, grads)
 
     @staticmethod
-    def _estimate(free: FreePhase, beta: Tensor, found: tuple[Solution, Gradients]) -> Estimate:
-        solution, grads = found
+    def _estimate(free: FreePhase, beta: Tensor, solution: Solution, grads: Gradients) -> Estimate:
         flat = [
             grads.get(name, {}).get(k)
             for name, b in free.bindings.items()
@@ -216,7 +215,7 @@ class Predictive(Contrastive):
 
     def _phase(
         self, levels: _Levels, free: FreePhase, v: State, beta: Tensor, active: Tensor, record: bool
-    ) -> tuple[Solution, Gradients]:
+    ) -> tuple[Solution, Gradients, Tensor]:
         force = scaled(v, -beta)
         if self.schedule == "synchronous":
             return self._synchronous(levels, free, force, beta, active, record)
@@ -224,21 +223,27 @@ class Predictive(Contrastive):
 
     def _synchronous(
         self, levels: _Levels, free: FreePhase, force: State, beta: Tensor, active: Tensor, record: bool
-    ) -> tuple[Solution, Gradients]:
+    ) -> tuple[Solution, Gradients, Tensor]:
         start = _joint({n: torch.zeros_like(t) for n, t in free.h.items()}, free.h)
         damping = getattr(free.solver, "damping", 1.0)
         jacobi = FixedPoint(damping=damping, max_steps=free.solver.max_steps)
         problem = _Synchronous(levels, force)
         solution = self.relax(problem, (start, start), replace(free, solver=jacobi), _both_relative, active, record)
-        return solution, _gradients(levels, levels.linearised(_part(solution.h, "h")), _part(solution.h, "eps"), beta)
+        at = levels.linearised(_part(solution.h, "h"))
+        return solution, _gradients(levels, at, _part(solution.h, "eps"), beta), beta
 
     def _alternating(
         self, levels: _Levels, free: FreePhase, force: State, beta: Tensor, active: Tensor, record: bool
-    ) -> tuple[Solution, Gradients]:
+    ) -> tuple[Solution, Gradients, Tensor]:
         most = self.max_steps or free.solver.max_steps
         h, turn, log = free.h, 1, []
         found = self._errors(levels, free, h, force, active, None, beta)
         self._watch(levels, found, h)
+        if self.nudge == "relative":
+            # what the read-out gets may have grown on its way down; at given states errors are linear in beta
+            factor = self._shrink(found.eps, h)
+            force, beta = scaled(force, factor), beta * factor
+            found = replace(found, eps=scaled(found.eps, factor))
         # a free state is its own prediction, so that what it still owes is the errors
         owed, steps = found.eps, found.steps
         done = torch.zeros_like(active)
@@ -256,7 +261,13 @@ class Predictive(Contrastive):
             turn += 1
         joint = _joint(found.eps, h)
         trace = Trace(torch.stack(log), None) if record else None
-        return Solution(joint, joint, steps, residual, residual <= self.tolerance, trace), found.gradients
+        solution = Solution(joint, joint, steps, residual, residual <= self.tolerance, trace)
+        return solution, found.gradients, beta
+
+    def _shrink(self, eps: State, h: State) -> Tensor:
+        """The power of two, at most 1, that brings the errors down to the aimed size."""
+        factor = torch.exp2(torch.floor(torch.log2(self.beta * norm(h) / norm(eps))))
+        return torch.where(torch.isfinite(factor), factor, torch.ones_like(factor)).clamp_max(1)
 
     def _errors(
         self,
