@@ -25,7 +25,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {"quickstart", "new_energy", "wrap_block", "papers", "predictive_transformer", "control"}
+    tested = {"quickstart", "new_energy", "wrap_block", "papers", "control", "mstep_exit", "predictive_transformer"}
     assert {path.stem for path in FOLDER.glob("*.py")} == tested
 
 
@@ -54,6 +54,12 @@ def test_wrapped_block_has_the_implicit_gradient_and_learns() -> None:
 
 def test_papers_network_learns() -> None:
     assert load("papers").main(train=1000, test=500, epochs=2) > 6 * CHANCE
+
+
+def test_pyramid_learns_and_lets_digits_leave() -> None:
+    found = load("mstep_exit").main(train=640, test=200, epochs=2)
+    assert found[1.0][0] > 4 * CHANCE
+    assert found[0.5][1] < found[1.0][1] == 1.0
 
 
 def test_control_runs() -> None:

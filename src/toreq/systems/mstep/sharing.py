@@ -31,7 +31,9 @@ def renamed(coupling: Coupling, names: Mapping[str, str]) -> Coupling:
 
 
 class ChannelScale(nn.Module):
-    """One learned number per output channel, 1 at first, divided by the largest once that exceeds 1.
+    """One number in (-1, 1) per output channel, the tanh of a learned one; 0.9 at first.
+
+    A bound that is reached by none keeps the scales differentiable everywhere.
 
     Args:
         channels: how many.
@@ -39,10 +41,10 @@ class ChannelScale(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(channels))
+        self.scale = nn.Parameter(torch.full((channels,), 1.5))
 
     def forward(self) -> Tensor:
-        return self.scale / self.scale.abs().max().clamp_min(1)
+        return self.scale.tanh()
 
 
 class _Derived(Operator):
