@@ -22,7 +22,7 @@ from toreq.errors import DataError, ToreqError
 from toreq.evidence.protocols.control.results import Results
 from toreq.evidence.protocols.control.tasks import TASKS
 from toreq.evidence.protocols.control.trunks import SIDES
-from toreq.evidence.statistics import interval, mean_curve
+from toreq.evidence.statistics import interval, mean_curve, paired
 from toreq.io import atomic_write_bytes, atomic_write_text
 
 BEGIN, END = "<!-- begin control -->", "<!-- end control -->"
@@ -67,12 +67,13 @@ def _section(results: Results) -> list[str]:
         f"after training on {sizes['final']}. Trunks of {' and '.join(map(str, sizes['hidden']))} units.",
         f"![Return against steps on {results.task}](../assets/protocols/{_picture(results)})",
         _table(results),
+        _compared(results),
         f"```sh\n{results.command}\n```",
         f"On {results.environment['processor']}, {results.environment['threads']} thread, torch {versions['torch']}, "
         f"Stable-Baselines3 {versions['stable-baselines3']}, Gymnasium {versions['gymnasium']}, MuJoCo "
         f"{versions['mujoco']}; commit {results.commit}.",
     ]
-    return head
+    return [part for part in head if part]
 
 
 def _table(results: Results) -> str:
@@ -87,14 +88,14 @@ def _table(results: Results) -> str:
         assert cost.samples is not None
         rates = [v for v in results.numbers(side, "learning rate") if v is not None]
         tuned = f" (best of {len(results.tuned[side].trials)})" if side in results.tuned else ""
-        cells = [_cell(results.numbers(side, metric), digits) for metric, _, digits in shown]
+        cells = [_cell(results.numbers(side, metric), digits, len(rates)) for metric, _, digits in shown]
         work = f"{cost.flops / cost.samples / 1e6:.2f}"
         rows.append([side, str(len(rates)), f"{rates[0]:.2g}{tuned}", *cells, f"{cost.parameters:,}", work])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _cell(values: Sequence[float | None], digits: int) -> str:
-    """Mean and half the interval; how many seeds have a number, where some have none."""
+def _cell(values: Sequence[float | None], digits: int, seeds: int) -> str:
+    """Mean and half the interval; how many of the seeds have a number, where some have none."""
     known = [v for v in values if v is not None]
     if not known:  # measured without a value: the threshold was not reached
         return "never" if values else "-"
@@ -102,7 +103,21 @@ def _cell(values: Sequence[float | None], digits: int) -> str:
     text = f"{at.mean:,.{digits}f}"
     if at.high is not None and at.high > at.mean:
         text += f" ± {at.high - at.mean:,.{digits}f}"
-    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
+    return text if len(known) == seeds else f"{text} ({len(known)} of {seeds})"
+
+
+def _compared(results: Results, own: str = "eqprop", other: str = "bp-ff") -> str:
+    """Differences of two sides, paired by seed; empty with fewer than two pairs."""
+    parts = []
+    for metric in ("steps to threshold, or all", "return over training", "return, pushed"):
+        mine, theirs = (results.by_seed(side, metric) for side in (own, other))
+        differences = list(paired(mine, theirs).values())
+        if len(differences) < 2:
+            continue
+        at = interval(differences)
+        half = 0.0 if at.high is None else at.high - at.mean
+        parts.append(f"{metric} {at.mean:+,.1f} ± {half:,.1f}")
+    return f"`{own}` minus `{other}`, paired by seed: {'; '.join(parts)}." if parts else ""
 
 
 def _picture(results: Results) -> str:

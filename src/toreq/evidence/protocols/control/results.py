@@ -102,6 +102,11 @@ class Results:
         found = [self.runs[side, seed].metrics for seed in self.seeds(side)]
         return [metrics[metric].value for metrics in found if metric in metrics]
 
+    def by_seed(self, side: str, metric: str) -> dict[int, float]:
+        """Seed -> a metric of a side, where it has a value."""
+        found = {seed: self.runs[side, seed].metrics.get(metric) for seed in self.seeds(side)}
+        return {seed: q.value for seed, q in found.items() if q is not None and q.value is not None}
+
 
 def settings(values: Sequence[Any]) -> dict[str, Any]:
     """Frozen dataclasses as the values that JSON gives back."""
