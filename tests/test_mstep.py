@@ -152,7 +152,7 @@ def test_nudged_pairs_are_those_of_a_flat_solve(name: str) -> None:
         assert float((phases[0][n] - wanted).norm()) <= 1e-5 * float(wanted.norm())
 
 
-@EACH
+@pytest.mark.parametrize("name", ["conv", "dense", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_gradients_against_finite_differences(name: str) -> None:
     """Along the gradient and at its largest entries, for every parameter, spring strengths and adapters among them."""
     net = tight_copy(built(name, spring="learned", mu=0.4, exits=True))
@@ -248,7 +248,7 @@ def test_sizes_that_do_not_halve_are_padded_or_refused(name: str) -> None:
 
 
 def test_refusals() -> None:
-    for make, options, match in (
+    cases: list[tuple[Make, dict[str, Any], str]] = [
         (conv, {"levels": 0}, "levels >= 1"),
         (conv, {"spring": "stiff"}, "'fixed' or 'learned'"),
         (conv, {"strength": 0.0}, "strength > 0"),
@@ -257,7 +257,8 @@ def test_refusals() -> None:
         (conv, {"nonlinearity": "softmax"}, "springs can be solved with"),
         (dense, {"hidden": (6,)}, r"use for example \(8,\)"),
         (sequence, {"vocabulary": 5}, "input_shape"),
-    ):
+    ]
+    for make, options, match in cases:
         with pytest.raises(ConfigError, match=match):
             make(**options)
 

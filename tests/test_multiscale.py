@@ -26,7 +26,7 @@ from toreq.core import (
     Spring,
     Tanh,
 )
-from toreq.core.implicit import line, solve_implicit
+from toreq.core.implicit import slope, solve_implicit
 from toreq.core.nodes import Activation
 from toreq.diagnostics.work import Metered, field_flops, fine_sweep
 from toreq.errors import ConfigError
@@ -103,12 +103,15 @@ def test_softmax_is_refused_by_name() -> None:
 
 
 @EACH_KIND
-def test_line_touches_its_activation(kind: str) -> None:
+def test_slope_is_the_derivative(kind: str) -> None:
     f = KINDS[kind].double()
     a = ramp(4, 6)
-    w, o = line(f, a, f(a))
-    torch.testing.assert_close(w * a + o, f(a))
-    assert bool((w >= 0).all())
+    w, d = slope(f, a, f(a)), ramp(4, 6, seed=1)
+    if kind == "layer_norm":  # across the token's direction and without its mean
+        centred = a - a.mean(-1, keepdim=True)
+        d = d - d.mean(-1, keepdim=True)
+        d = d - centred * ((d * centred).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True))
+    torch.testing.assert_close(w * d, (f(a + 1e-7 * d) - f(a - 1e-7 * d)) / 2e-7, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("axes", [(-1,), (-2,), (-2, -1)])
@@ -157,10 +160,9 @@ def test_elimination_is_a_direct_solve() -> None:
     energy = bowl(mu=0.7)
     problem = Relaxation(energy, energy.bind(ramp(3, 5)))
     (chain,) = chains(problem)
-    z = {n: ramp(3, *energy.shapes[n], seed=i) for i, n in enumerate(chain.nodes)}
-    slopes = {n: torch.rand_like(t) + 0.1 for n, t in z.items()}
-    offsets = {n: ramp(3, *energy.shapes[n], seed=9 + i) for i, n in enumerate(chain.nodes)}
-    a = chain.eliminated(z, {n: (slopes[n], offsets[n]) for n in z})
+    r = {n: ramp(3, *energy.shapes[n], seed=i) for i, n in enumerate(chain.nodes)}
+    slopes = {n: torch.rand_like(t) + 0.1 for n, t in r.items()}
+    d = chain.eliminated(r, slopes)
 
     def flat(state: dict[str, Tensor]) -> Tensor:
         return torch.cat([state[n] for n in chain.nodes], 1)
@@ -170,8 +172,7 @@ def test_elimination_is_a_direct_solve() -> None:
     curvature = flat(chain.stretched(dict(zip(chain.nodes, eye.split(widths, 1), strict=True))))
     for b in range(3):
         matrix = eye + curvature @ torch.diag(flat(slopes)[b])
-        wanted = torch.linalg.solve(matrix, flat(z)[b] - curvature @ flat(offsets)[b])
-        torch.testing.assert_close(flat(a)[b], wanted)
+        torch.testing.assert_close(flat(d)[b], torch.linalg.solve(matrix, flat(r)[b]))
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "layer_norm"])  # tokens: see test_mstep.py

@@ -130,11 +130,11 @@ def solve_implicit(f: Activation, z: Tensor, s: Tensor, bound: Bound | None = No
     return _SOLVED[type(f)](f, z, s.real if s.is_complex() else s, bound)
 
 
-def line(f: Activation, a: Tensor, h: Tensor, bound: Bound | None = None) -> tuple[Tensor, Tensor]:
-    r"""A slope w > 0 or 0 and an offset o with :math:`w a + o = \sigma(a)` at ``a``, for the activations above.
+def slope(f: Activation, a: Tensor, h: Tensor, bound: Bound | None = None) -> Tensor:
+    r"""A slope w >= 0 per unit with :math:`\sigma(a + d) \approx \sigma(a) + w d`, for the activations above.
 
-    The tangent, except under layer norm, where the slope is the gain over each token's deviation (a tangent is no
-    number per unit there) and the line is right along each token's direction.
+    The tangent's, except under layer norm: the gain over each token's deviation (a tangent is no number per unit
+    there), which is right across the token's own direction.
 
     Args:
         f: the activation.
@@ -142,12 +142,12 @@ def line(f: Activation, a: Tensor, h: Tensor, bound: Bound | None = None) -> tup
         bound: what ``f.bind()`` returned.
 
     Returns:
-        w, of the shape of ``a`` or with a last axis of 1, and o of the shape of ``a``.
+        of the shape of ``a``, or with a last axis of 1.
     """
     if isinstance(f, LayerNorm):
         bound = f.bind() if bound is None else bound
         centred = a - a.mean(-1, keepdim=True)
-        w = bound["gain"] / ((centred * centred).mean(-1, keepdim=True) + f.eps).sqrt()
-    else:
-        w = f.derivative(a, h, torch.ones_like(h), bound)
-    return w, h - w * a
+        return bound["gain"] / ((centred * centred).mean(-1, keepdim=True) + f.eps).sqrt()
+    if isinstance(f, Tanh):
+        return torch.addcmul(h.new_full((), f.gain), h, h, value=-f.gain)
+    return f.derivative(a, h, torch.ones_like(h), bound)

@@ -96,8 +96,8 @@ class Metered:
     def joints(self) -> list[tuple[str, str, Operator, Tensor]]:
         return self.problem.joints()
 
-    def lines(self, a: State, h: State) -> dict[str, tuple[Tensor, Tensor]]:
-        return self.problem.lines(a, h)
+    def slopes(self, a: State, h: State) -> State:
+        return self.problem.slopes(a, h)
 
     def restricted(self, names: frozenset[str]) -> Problem | None:
         part = self.problem.restricted(names)

@@ -87,7 +87,7 @@ class SpringAdjoint(Adjoint):
             return z / (1 + s * self.activate({n: torch.ones_like(z)})[n])
         # of three parts, the derivative gives none of the mean, almost none of the token's own direction, and the
         # slope times the rest
-        w, _ = self.relaxation.lines({n: self.free.a[n]}, {n: self.free.h[n]})[n]
+        w = self.relaxation.slopes({n: self.free.a[n]}, {n: self.free.h[n]})[n]
         centred = self.free.a[n] - self.free.a[n].mean(-1, keepdim=True)
         squares = (centred * centred).mean(-1, keepdim=True)
         mean = z.mean(-1, keepdim=True)
@@ -95,9 +95,8 @@ class SpringAdjoint(Adjoint):
         radial = w * activation.eps / (squares + activation.eps)
         return mean + along / (1 + s * radial) + (z - mean - along) / (1 + s * w)
 
-    def lines(self, a: State, h: State) -> dict[str, tuple[Tensor, Tensor]]:
-        slopes = self.relaxation.lines({n: self.free.a[n] for n in a}, {n: self.free.h[n] for n in a})
-        return {n: (slopes[n][0], h[n] - slopes[n][0] * t) for n, t in a.items()}
+    def slopes(self, a: State, h: State) -> State:
+        return self.relaxation.slopes({n: self.free.a[n] for n in a}, {n: self.free.h[n] for n in a})
 
 
 def adjoint(free: FreePhase, v: State) -> Adjoint:

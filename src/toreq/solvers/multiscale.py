@@ -144,11 +144,12 @@ class CoarseToFine(Anderson):
             field = problem.field(h, frozenset(chain.nodes))
             residual.update({n: f - a[n] for n, f in field.items()})
             part, part_h = {n: a[n] for n in chain.nodes}, {n: h[n] for n in chain.nodes}
-            pull = chain.stretched(part_h)
-            new = settle_chain(problem, chain, part, part_h, {n: f + pull[n] for n, f in field.items()}, self.rounds)
-            new = new if self.damping == 1 else {n: torch.lerp(a[n], t, self.damping) for n, t in new.items()}
+            new, new_h = settle_chain(problem, chain, part, part_h, field, self.rounds)
+            if self.damping != 1:
+                new = {n: torch.lerp(a[n], t, self.damping) for n, t in new.items()}
+                new_h = problem.activate(new)
             a.update(new)
-            h.update(problem.activate(new))
+            h.update(new_h)
         return a, h, residual
 
     def _sweep_levels(self, problem: Problem, a: State, h: State, residual: State, carry: _Plan) -> None:

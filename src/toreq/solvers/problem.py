@@ -11,7 +11,7 @@ from torch import Tensor
 
 from toreq.core.couplings import Only, Spring
 from toreq.core.energy import Dynamics, Energy
-from toreq.core.implicit import line, solve_implicit
+from toreq.core.implicit import slope, solve_implicit
 from toreq.core.operators import Operator
 from toreq.core.resampling import Replicate
 from toreq.core.state import Bindings, State, added, difference, dot, halves, norm, selected, take
@@ -80,8 +80,8 @@ class Joint(Layered, Protocol):
         """Finer node, coarser node, the operator from the coarser to the finer, and the strength."""
         ...
 
-    def lines(self, a: State, h: State) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per node a slope and an offset of its activation, see :func:`toreq.core.implicit.line`."""
+    def slopes(self, a: State, h: State) -> State:
+        """Per node the slopes of its activation, see :func:`toreq.core.implicit.slope`."""
         ...
 
 
@@ -198,9 +198,9 @@ class Relaxation:
             if isinstance(c, Spring) and isinstance(c.op, Replicate)
         ]
 
-    def lines(self, a: State, h: State) -> dict[str, tuple[Tensor, Tensor]]:
+    def slopes(self, a: State, h: State) -> State:
         own = self.dynamics
-        return {n: line(own.activation(n), t, h[n], self.bindings[f"node_{n}"]) for n, t in a.items()}
+        return {n: slope(own.activation(n), t, h[n], self.bindings[f"node_{n}"]) for n, t in a.items()}
 
     def restricted(self, names: frozenset[str]) -> Relaxation | None:
         """The same relaxation of these nodes, without the couplings to others; None for a map that has no terms."""

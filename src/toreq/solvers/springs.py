@@ -1,6 +1,6 @@
 r"""Springs between levels, solved on all levels at once.
 
-With the other couplings' field z held, the pre-activations of a chain of levels joined by springs solve
+With the other couplings' field held, the pre-activations of a chain of levels joined by springs solve
 :math:`a + S\,\sigma(a) = z`, S the springs' curvature. A fine unit has one parent, so that with :math:`\sigma` replaced
 by a line through its present value this is a linear system on a tree: eliminated from the finest level to the coarsest
 and substituted back, at the price of a few elementwise operations.
@@ -39,11 +39,12 @@ class Chain:
 
     def stretched(self, h: State) -> State:
         """:math:`S h`."""
-        out = {n: self.own[n] * h[n] if n in self.own else torch.zeros_like(h[n]) for n in self.nodes}
+        out = {n: s * h[n] for n, s in self.own.items()}
         for i, (up, strength) in enumerate(zip(self.ups, self.strengths, strict=True)):
             fine, coarse = self.nodes[i], self.nodes[i + 1]
             pull = strength * (h[fine] - up(h[coarse]))
-            out[fine], out[coarse] = out[fine] + pull, out[coarse] - up.adjoint(pull)
+            out[coarse] = out[coarse] - up.adjoint(pull) if coarse in out else -up.adjoint(pull)
+            out[fine] = pull + out[fine] if fine in out else pull
         return out
 
     def diagonal(self) -> State:
@@ -55,32 +56,27 @@ class Chain:
             out[fine], out[coarse] = out[fine] + strength, out[coarse] + up.gram[0] * strength
         return out
 
-    def eliminated(self, z: State, lines: dict[str, tuple[Tensor, Tensor]]) -> State:
-        """The solution of :math:`a + S (w a + o) = z` with ``lines[node] = (w, o)``."""
+    def eliminated(self, r: State, slopes: State) -> State:
+        r"""The solution d of :math:`d + S W d = r`, W the slopes; one of these has the shape of its node, or a last
+        axis of 1."""
         own = self.diagonal()
-        offset = self.stretched({n: o.expand_as(z[n]) for n, (_, o) in lines.items()})
-        right, diagonal = {}, {}
+        right, diagonal = dict(r), {}
         for i, n in enumerate(self.nodes):
-            w = lines[n][0]
-            right[n], diagonal[n] = z[n] - offset[n], 1 + own[n] * w
+            w = slopes[n]
+            diagonal[n] = 1 + own[n] * w
             if i:
                 below, up, strength = self.nodes[i - 1], self.ups[i - 1], self.strengths[i - 1]
-                share = strength * lines[below][0] / diagonal[below]
+                share = strength * (slopes[below] / diagonal[below])
                 right[n] = right[n] + up.adjoint(share * right[below])
-                diagonal[n] = diagonal[n] - strength * _summed(up, share, right[below]) * w
-        a: State = {}
+                diagonal[n] = diagonal[n] - strength * up.adjoint(share.expand_as(right[below])) * w
+        d: State = {}
         for i in range(len(self.nodes) - 1, -1, -1):
             n = self.nodes[i]
             if i + 1 < len(self.nodes):
                 above = self.nodes[i + 1]
-                right[n] = right[n] + self.strengths[i] * self.ups[i](lines[above][0] * a[above])
-            a[n] = right[n] / diagonal[n]
-        return a
-
-
-def _summed(up: Operator, share: Tensor, like: Tensor) -> Tensor:
-    # one number a token is summed over its window like any other unit
-    return up.adjoint(share if share.shape == like.shape else share.expand_as(like))
+                right[n] = right[n] + self.ups[i](self.strengths[i] * slopes[above] * d[above])
+            d[n] = right[n] / diagonal[n]
+        return d
 
 
 def chains(problem: Joint) -> list[Chain]:
@@ -109,8 +105,10 @@ def chains(problem: Joint) -> list[Chain]:
     return out
 
 
-def settle_chain(problem: Joint, chain: Chain, a: State, h: State, z: State, rounds: int = 3) -> State:
-    r"""Solves :math:`a + S\sigma(a) = z` on a chain, from the present state, to a twentieth of its residual.
+def settle_chain(
+    problem: Joint, chain: Chain, a: State, h: State, field: State, rounds: int = 3
+) -> tuple[State, State]:
+    r"""Solves :math:`a' + S\sigma(a') = f + S h` on a chain, to a twentieth of the residual f - a it begins with.
 
     Every round replaces the activations by lines and solves on all levels at once. Where that was a bad guess, so that
     an example's residual is above a quarter of what it was, the example takes the better of two states: the guess or
@@ -118,32 +116,38 @@ def settle_chain(problem: Joint, chain: Chain, a: State, h: State, z: State, rou
     lowers a convex function and so cannot diverge.
 
     Args:
-        problem: gives activations, their lines, and the solutions level by level.
+        problem: gives activations, their slopes, and the solutions level by level.
         chain: the levels.
-        a, h: where to begin; the nodes of the chain.
-        z: right side.
+        a, h: present state; the nodes of the chain.
+        field: f at h.
         rounds: most rounds, at least 1.
+
+    Returns:
+        a' and its activations.
     """
-    size = _residual(chain, z, a, h)
-    goal = GOAL * size
-    active = size > goal
+    # what changes is what is multiplied, so that a small response keeps its digits
+    rest = {n: f - a[n] for n, f in field.items()}
+    start, size = h, norm(rest)
+    goal, active = GOAL * size, size > 0
     for _ in range(rounds):
         if not bool(active.any()):
             break
-        guess = chain.eliminated(z, problem.lines(a, h))
+        step = chain.eliminated(rest, problem.slopes(a, h))
+        guess = {n: t + step[n] for n, t in a.items()}
         new = (guess, problem.activate(guess))
-        left = _residual(chain, z, *new)
+        remaining = _rest(chain, field, start, *new)
+        left = norm(remaining)
         good = left <= ACCEPTED * size
         if not bool((good | ~active).all()):
-            joint, plain = _swept(problem, chain, z, *new), _swept(problem, chain, z, a, h)
-            ends = _residual(chain, z, *joint), _residual(chain, z, *plain)
-            other = _chosen(ends[0] < ends[1], joint, plain)
-            new = _chosen(good, new, other)
+            joint, plain = (_swept(problem, chain, field, start, *s) for s in (new, (a, h)))
+            ends = [norm(_rest(chain, field, start, *s)) for s in (joint, plain)]
+            new = _chosen(good, new, _chosen(ends[0] < ends[1], joint, plain))
             left = torch.where(good, left, torch.where(ends[0] < ends[1], *ends))
-        a, h = _chosen(active, new, (a, h))
-        size = torch.where(active, left, size)
+            remaining = _rest(chain, field, start, *new)
+        a, h = new if bool(active.all()) else _chosen(active, new, (a, h))
+        rest, size = remaining, torch.where(active, left, size)
         active = active & (size > goal)
-    return a
+    return a, h
 
 
 def _chosen(which: Tensor, first: tuple[State, State], second: tuple[State, State]) -> tuple[State, State]:
@@ -154,12 +158,12 @@ def _chosen(which: Tensor, first: tuple[State, State], second: tuple[State, Stat
     return a, h
 
 
-def _swept(problem: Layered, chain: Chain, z: State, a: State, h: State) -> tuple[State, State]:
+def _swept(problem: Layered, chain: Chain, field: State, start: State, a: State, h: State) -> tuple[State, State]:
     """Every level solved exactly with its neighbours held, from coarse to fine."""
-    a, h, own = dict(a), dict(h), chain.diagonal()
+    a, h, own, pull = dict(a), dict(h), chain.diagonal(), chain.stretched(start)
     for i in range(len(chain.nodes) - 1, -1, -1):
         n = chain.nodes[i]
-        right = z[n]
+        right = field[n] + pull[n]
         if i:
             right = right + chain.strengths[i - 1] * chain.ups[i - 1].adjoint(h[chain.nodes[i - 1]])
         if i + 1 < len(chain.nodes):
@@ -169,6 +173,6 @@ def _swept(problem: Layered, chain: Chain, z: State, a: State, h: State) -> tupl
     return a, h
 
 
-def _residual(chain: Chain, z: State, a: State, h: State) -> Tensor:
-    pull = chain.stretched(h)
-    return norm({n: z[n] - t - pull[n] for n, t in a.items()})
+def _rest(chain: Chain, field: State, start: State, a: State, h: State) -> State:
+    pull = chain.stretched({n: t - start[n] for n, t in h.items()})
+    return {n: f - a[n] - pull[n] for n, f in field.items()}
