@@ -379,7 +379,8 @@ class Energy(Dynamics):
     def eliminable(self) -> frozenset[str]:
         colours = self.colours()
         reading = {n for _, c in self.terms() if c.self_reading for n in c.nodes}
-        if len(colours) != 2 and len(self._levels) == 1:
+        # with one colour (couplings off) there is nothing to recompute a node from
+        if len(colours) == 1 or (len(colours) > 2 and len(self._levels) == 1):
             return frozenset()
         # of the two, the one with more units: what is left to extrapolate over is then small
         free = [c for c in colours if not c & reading]
