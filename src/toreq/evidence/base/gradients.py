@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
+from toreq.data import Dataset
 from toreq.diagnostics.check import CheckResult, check
 from toreq.diagnostics.gradients import MAX_DIFFERENCE_ERROR, MAX_NEGLIGIBLE_ERROR, criterion
 from toreq.diagnostics.relaxation import couplings_off
@@ -19,24 +22,54 @@ PHASES = ("untrained", "trained")
 
 def run(trial: Trial) -> Outcome:
     """Compare every estimator with the implicit gradient, before and after training."""
-    steps = trial.budget.pick(2, 100, 1000)
-    batch = trial.budget.pick(2, 16, 16)
-    held_out = trial.budget.pick(20, 1000, 2000)
-    size = trial.budget.pick(8, 128, 128)
-    data = nets.mnist(max(batch, min(steps * size, 60_000)), held_out)
-    x, y = data.inputs("train", slice(0, batch)).to(trial.device), data.train_y[:batch].to(trial.device)
+    steps, size = trial.budget.pick(2, 100, 1000), trial.budget.pick(8, 128, 128)
+    data = nets.mnist(max(examples(trial), min(steps * size, 60_000)), trial.budget.pick(20, 1000, 2000))
     net = nets.build(trial.side, trial.budget, trial.seed, trial.device)
+    rate = nets.rate(trial.side)
+    return measured(trial, net, data, lambda: nets.fit(net, data, steps, batch=size, rate=rate, seed=trial.seed))
+
+
+def examples(trial: Trial) -> int:
+    """Images on which gradients are compared."""
+    return trial.budget.pick(2, 16, 16)
+
+
+def measured(
+    trial: Trial,
+    net: nn.Module,
+    data: Dataset,
+    train: Callable[[], int],
+    group: Callable[[str], str] | None = None,
+    differences_in: Sequence[str] = PHASES,
+) -> Outcome:
+    """The comparison on one network, before and after ``train``.
+
+    Args:
+        trial: what is run.
+        net: a fresh network.
+        data: images to compare gradients on, and to test the accuracy.
+        train: trains the network and returns the number of samples seen.
+        group: maps a parameter's name to a group, whose smallest cosine under the shipped estimator is reported too.
+        differences_in: phases in which the reference is compared with finite differences.
+    """
+    batch = examples(trial)
+    x, y = data.inputs("train", slice(0, batch)).to(trial.device), data.train_y[:batch].to(trial.device)
     net.eval()
     metrics: dict[str, Quantity] = {}
-    worst, negligible, differences = 1.0, 0.0, 0.0
+    worst, own, negligible, differences = 1.0, 1.0, 0.0, 0.0
+    shipped = nets.layer(net).estimator.name
     samples = 0
     for phase in PHASES:
         if phase == "trained":
-            samples = nets.fit(net, data, steps, batch=size, rate=nets.rate(trial.side), seed=trial.seed)
-        result = check(net, x, y, finite_differences=trial.budget.conclusive, steps=())
+            samples = train()
+        compared = trial.budget.conclusive and phase in differences_in
+        result = check(net, x, y, finite_differences=compared, steps=())
         for estimator, cosine in _cosines(result).items():
             metrics[f"smallest cosine, {estimator}, {phase}"] = Quantity(cosine, "")
             worst = min(worst, cosine)
+        for name, cosine in ({} if group is None else _grouped(result, shipped, group)).items():
+            metrics[f"smallest cosine, {name}, {phase}"] = Quantity(cosine, "")
+            own = min(own, cosine)
         negligible = max([negligible, *(row.absolute_error for row in result.gradients if row.negligible)])
         differences = max(
             [differences, *(row.relative_error for row in result.differences if row.estimator == "implicit")]
@@ -44,6 +77,8 @@ def run(trial: Trial) -> Outcome:
         metrics[f"radius, {phase}"] = Quantity(result.radius, "")
         metrics[f"residual of the reference, {phase}"] = Quantity(result.reference_residual, "")
     metrics["smallest cosine"] = Quantity(worst, "")
+    if group is not None:
+        metrics["smallest cosine of the shipped estimator"] = Quantity(own, "")
     metrics["error of negligible gradients"] = Quantity(negligible, "of the largest")
     if trial.budget.conclusive:
         metrics["reference against finite differences"] = Quantity(differences, "relative error")
@@ -69,10 +104,31 @@ def _cosines(result: CheckResult) -> dict[str, float]:
     return found
 
 
+def _grouped(result: CheckResult, estimator: str, group: Callable[[str], str]) -> dict[str, float]:
+    """The smallest cosine of one estimator over each group of parameters."""
+    found: dict[str, float] = {}
+    for row in result.gradients:
+        if row.cosine is not None and row.estimator == estimator:
+            name = group(row.parameter)
+            found[name] = min(found.get(name, 1.0), row.cosine)
+    return found
+
+
 def _criteria() -> tuple[Criterion, ...]:
+    plain = {nets.ASYMMETRIC: (NOT_SYMMETRIC, "cos 0.42 (not symmetric)")}
+    symmetric = (SYMMETRIC, "cos 0.997 (symmetric)")
+    return criteria({side: plain.get(side, symmetric) for side in SIDES})
+
+
+def criteria(said: Mapping[str, tuple[float | None, str]], radius: str = "radius, trained") -> tuple[Criterion, ...]:
+    """What every side is judged by.
+
+    Args:
+        said: side -> the seed's number and words.
+        radius: metric of the condition on the trained network's couplings.
+    """
     found: list[Criterion] = []
-    for side in SIDES:
-        plain = side == nets.ASYMMETRIC
+    for side, (target, words) in said.items():
         found.append(
             Criterion(
                 f"{side}: smallest cosine",
@@ -80,12 +136,12 @@ def _criteria() -> tuple[Criterion, ...]:
                 "",
                 "at_least",
                 side,
-                target=NOT_SYMMETRIC if plain else SYMMETRIC,
-                words="cos 0.42 (not symmetric)" if plain else "cos 0.997 (symmetric)",
+                target=target,
+                words=words,
                 aim=AIM,
             )
         )
-    for side in SIDES:
+    for side in said:
         found.append(
             Criterion(
                 f"{side}: error where the gradient is negligible",
@@ -96,11 +152,9 @@ def _criteria() -> tuple[Criterion, ...]:
                 aim=MAX_NEGLIGIBLE_ERROR,
             )
         )
-    for side in SIDES:
+    for side in said:
         found.append(
-            Criterion(
-                f"{side}: radius after training", "radius, trained", "", "at_least", side, aim=RADIUS, condition=True
-            )
+            Criterion(f"{side}: radius after training", radius, "", "at_least", side, aim=RADIUS, condition=True)
         )
         found.append(
             Criterion(

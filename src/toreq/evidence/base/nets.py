@@ -23,6 +23,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "hopfield": {"hidden": (16, 8)},
     "conv": {"channels": (4, 6)},
     "transformer": {"features": 8, "heads": 2, "hidden": 8, "patch": 14},
+    "dense": {"hidden": (16,)},
+    "sequence": {"features": 8, "heads": 2, "hidden": 8, "patch": 14},
 }
 """Options of a smoke run by architecture."""
 

@@ -1,7 +1,7 @@
 """The claims of MS-TEP, M1 to M8."""
 
-from toreq.evidence.claim import Claim
+from toreq.evidence.mstep import gradients
 
-CLAIMS: tuple[Claim, ...] = ()
+CLAIMS = (gradients.CLAIM,)
 
 __all__ = ["CLAIMS"]
