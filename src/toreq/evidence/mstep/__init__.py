@@ -1,7 +1,7 @@
 """The claims of MS-TEP, M1 to M8."""
 
-from toreq.evidence.mstep import gradients
+from toreq.evidence.mstep import control, gradients, sequences
 
-CLAIMS = (gradients.CLAIM,)
+CLAIMS = (sequences.CLAIM, gradients.CLAIM, control.CLAIM)
 
 __all__ = ["CLAIMS"]

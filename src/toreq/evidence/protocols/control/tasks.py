@@ -105,16 +105,21 @@ class Task:
             raise ConfigError(f"control: expected a task with pushes, got {self.name!r}; add a Push to it")
         return lambda: self._build(pushed)
 
+    def base(self) -> Any:
+        """The environment without pushes, delays and windows."""
+        import gymnasium as gym
+
+        from toreq.evidence.protocols.control import envs
+
+        return envs.CueCorridor(self.length) if self.env == "cue" else gym.make(self.env, disable_env_checker=True)
+
     def _build(self, pushed: bool) -> Any:
         import gymnasium as gym
         from stable_baselines3.common.monitor import Monitor
 
         from toreq.evidence.protocols.control import envs
 
-        if self.env == "cue":
-            env: Any = envs.CueCorridor(self.length)
-        else:
-            env = gym.make(self.env, disable_env_checker=True)
+        env = self.base()
         if pushed and self.push is not None:
             push = self.push
             env = envs.Pushes(
