@@ -1,7 +1,7 @@
 """The claims of MS-TEP, M1 to M8."""
 
-from toreq.evidence.mstep import control, gradients, sequences
+from toreq.evidence.mstep import control, exits, gradients, sequences, work
 
-CLAIMS = (sequences.CLAIM, gradients.CLAIM, control.CLAIM)
+CLAIMS = (work.CLAIM, sequences.CLAIM, exits.CLAIM, gradients.CLAIM, control.CLAIM)
 
 __all__ = ["CLAIMS"]
