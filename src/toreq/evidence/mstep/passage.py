@@ -29,17 +29,21 @@ OURS, PLAIN = "coarse to fine", ("plain", "Gauss-Seidel", "Anderson")
 
 
 def columns(small: bool = False) -> dict[str, list[Solver]]:
-    """What is compared, by name; each counts with the best of its settings, of which a ``small`` grid tries one."""
-    grid = _columns()
-    return {name: solvers[-1:] if small else solvers for name, solvers in grid.items()}
+    """What is compared, by name; each counts with the best of its settings.
 
-
-def _columns() -> dict[str, list[Solver]]:
-    return {
+    Args:
+        small: one setting of each, without the ablations.
+    """
+    found: dict[str, list[Solver]] = {
         OURS: [CoarseToFine()],
         "plain": [FixedPoint(damping=d) for d in DAMPINGS],
         "Gauss-Seidel": [FixedPoint(damping=d, order="gauss_seidel") for d in DAMPINGS],
         "Anderson": [Anderson(damping=d, length=r) for d, r in itertools.product(DAMPINGS, LENGTHS)],
+    }
+    if small:
+        return {name: solvers[:1] for name, solvers in found.items()}
+    return {
+        **found,
         "level by level": [CoarseToFine(joint=False)],
         "not accelerated": [CoarseToFine(accelerated=False)],
         "explicit springs": [CoarseToFine(implicit=False, damping=d) for d in DAMPINGS],
@@ -72,12 +76,14 @@ class Passage:
     Args:
         work: mean over the examples, in fine sweeps; an example that did not settle counts what was done on it.
         settled: whether all examples settled.
+        share: of the examples that settled, in [0, 1].
         seconds: of the processor in the solver's steps.
         curve: work so far and the geometric mean of the residuals, step by step.
     """
 
     work: float
     settled: bool
+    share: float
     seconds: float
     curve: list[tuple[float, float | None]]
 
@@ -113,7 +119,8 @@ def passage(solver: Solver, phase: Phase, most: int, bound: float = math.inf) ->
             return None
         if not bool(work.isnan().any()) or not bool(ratio.isfinite().any()):
             break
-    return Passage(float(work.nan_to_num(done).mean()), not bool(work.isnan().any()), seconds, curve)
+    share = 1 - float(work.isnan().double().mean())
+    return Passage(float(work.nan_to_num(done).mean()), share == 1, share, seconds, curve)
 
 
 def _residual(phase: Phase, a: State, h: State) -> Tensor:
@@ -213,5 +220,5 @@ class Phases:
 
 
 def compared(phase: Phase, most: int, small: bool = False) -> dict[str, tuple[Passage, Solver]]:
-    """Every column's best passage, and the solver that took it; a ``small`` comparison tries one setting of each."""
+    """Every column's best passage, and the solver that took it; ``small`` as of :func:`columns`."""
     return {name: best(solvers, phase, most) for name, solvers in columns(small).items()}

@@ -74,8 +74,8 @@ SIDES = {**JUDGED, **BESIDE}
 def run(trial: Trial) -> Outcome:
     """Train a network, then count what every solver needs on it before and after one more step of training."""
     side = SIDES[trial.side]
-    steps, most = trial.budget.pick(1, max(10, side.steps // 10), side.steps), trial.budget.pick(3, 60, side.most)
-    size = trial.budget.pick(28, side.size, side.size)
+    steps, most = trial.budget.pick(1, max(10, side.steps // 10), side.steps), trial.budget.pick(2, 60, side.most)
+    size = trial.budget.pick(14, side.size, side.size)
     options = trial.budget.pick({k: v for k, v in side.options.items() if k == "strength"}, side.options, side.options)
     data = shared.mnist(max(10, steps * side.batch), trial.budget.pick(10, 500, 1000))
     data = _resized(data, size)
