@@ -14,6 +14,7 @@ from toreq.errors import ConfigError
 from toreq.evidence import BUDGETS, claim
 from toreq.evidence.mstep import control, sequences
 from toreq.evidence.protocols.control.delayed import DelayedTask, pendulum
+from toreq.evidence.protocols.sequences import plans
 
 SMOKE = BUDGETS["smoke"]
 
@@ -31,6 +32,22 @@ def test_the_guesses_without_a_network_are_those_counted_by_hand() -> None:
     assert sequences.by_first_symbol(made) == 50.0  # the first and the second of four
     made = _task([[1, 4], [1, 6], [1, 7], [2, 4]], [0, 0, 0, 3], [[1, 2], [2, 2], [2, 7]], [0, 3, 0])
     assert sequences.majority(made) == pytest.approx(200 / 3)
+
+
+def test_a_random_part_is_held_out_with_all_classes_where_classes_take_turns() -> None:
+    y = [i % 4 for i in range(80)]
+    made = _task([[i % 7, 1] for i in range(80)], y, [[1, 2]], [0])
+    part = plans.held_out(made, share=0.25, seed=1)
+    assert len(part.test) == 20
+    assert len(part.train) == 60
+    assert set(part.test.y.tolist()) == set(part.train.y.tolist()) == {0, 1, 2, 3}
+    # nothing is in both parts, nothing is lost
+    kept = torch.cat([part.train.y, part.test.y]).bincount()
+    assert kept.tolist() == [20] * 4
+    assert torch.equal(plans.held_out(made, 0.25, seed=1).test.x, part.test.x)
+    assert not torch.equal(plans.held_out(made, 0.25, seed=2).test.x, part.test.x)
+    # what it is for: at equal distances there is one class
+    assert set(plans.held_out(made, share=0.25).test.y.tolist()) == {0}
 
 
 def test_expressions_of_a_budget_fit_its_tokens() -> None:

@@ -204,7 +204,7 @@ def held_out_loss(trial: Trial, params: Mapping[str, Value]) -> float:
     """Minus the loss on held-out training sequences after a third of the training with ``params``."""
     name, how = trial.side.split()
     size = SIZES[name][trial.budget.name]
-    made = plans.held_out(task(name, size, trial.budget, trial.seed))
+    made = plans.held_out(task(name, size, trial.budget, trial.seed), seed=trial.seed)
     recipe = _recipe(trial, replace(size, steps=max(1, size.steps // 3)), params)
     recipe = replace(recipe, evaluate_every=recipe.steps)
     model = build(how, made, size, trial.seed, trial.device)
@@ -265,7 +265,7 @@ def _protocol() -> str:
     {"; ".join(said)}. A smoke run takes MNIST instead of CIFAR-10. Every side has the same widths, sequences, order
     and number of samples; Adam in batches of {BATCH}, the gradient's norm clipped to 1, a rate that rises over 50 steps
     and then stays. That rate is tuned for each side and task in {TRIALS} trials of a third of the steps, judged by the
-    loss on a tenth of the training sequences. Sides that settle use the fast settings, and one
+    loss on a tenth of the training sequences, drawn at random. Sides that settle use the fast settings, and one
     linearisation of the springs' solve per step. Accuracy is on the test set
     after the last step. Beside it: the accuracy of the majority class, on ListOps also that of the best guess from the
     first symbol, the accuracy with all couplings off, and the radius of the trained relaxation, with springs and of the

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from toreq.data import Sequences, SequenceTask, sequence_task
+from toreq.data.batches import seeded
 from toreq.errors import ConfigError, nearest
 from toreq.evidence.budgets import Budget
 from toreq.evidence.protocols.sequences.training import Recipe
@@ -16,6 +17,8 @@ from toreq.evidence.protocols.sequences.training import Recipe
 RATE = 3e-3
 """Where a side's rate is not tuned."""
 SMOKE_PARAMETERS = 1500
+_HELD_OUT = 0x4E1D
+"""Key of the random stream of held-out parts."""
 _SMOKE: dict[str, Any] = {"train": 16, "test": 8}
 _SMOKE_RECIPE = Recipe(2, 4, RATE, 100.0, 1, tested=4, warmup=1)
 
@@ -125,8 +128,14 @@ def make(task: str, plan: Plan, seed: int) -> SequenceTask:
     return sequence_task(task, **plan.options, **generated)
 
 
-def held_out(task: SequenceTask, share: float = 0.1) -> SequenceTask:
+def held_out(task: SequenceTask, share: float = 0.1, seed: int | None = None) -> SequenceTask:
     """The task with a part of its training sequences in the place of the test set, for tuning; the test set is gone.
+
+    Args:
+        task: what is learned.
+        share: of the training sequences that is held out.
+        seed: of a random part; None takes sequences at equal distances. That fits sets in any order but one in which
+            classes take turns, as in balanced parts of the image sets: there a tenth at equal distances is one class.
 
     Raises:
         ConfigError: a share that leaves one of the two parts empty.
@@ -136,7 +145,10 @@ def held_out(task: SequenceTask, share: float = 0.1) -> SequenceTask:
         raise ConfigError(f"sequences.held_out: expected a share that leaves both parts some, got {share}; e.g. 0.1")
     # spread over the whole: text, and sets sorted by class, have an order
     chosen = torch.zeros(len(task.train), dtype=torch.bool)
-    chosen[torch.arange(count) * len(task.train) // count] = True
+    spread = torch.arange(count) * len(task.train) // count
+    chosen[spread if seed is None else torch.randperm(len(task.train), generator=seeded(seed, _HELD_OUT))[:count]] = (
+        True
+    )
 
     def part(which: torch.Tensor) -> Sequences:
         whole = task.train
