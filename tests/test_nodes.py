@@ -28,6 +28,7 @@ CASES = {
     "tanh": Tanh(),
     "hard_sigmoid": HardSigmoid(),
     "relu": ReLU(),
+    "steep relu": ReLU(16.0),
     "softmax": Softmax(),
     "layer_norm": _layer_norm(),
 }

@@ -45,7 +45,7 @@ def network(nonlinearity: str, order: str, estimator: Estimator) -> System:
         hidden=(7, 5),
         output="node",
         nonlinearity=nonlinearity,
-        gain=1.0 if nonlinearity == "tanh" else None,
+        gain=None if nonlinearity == "hard_sigmoid" else 1.0,
         norm_bound=None,
         solver=FixedPoint(order=order, tolerance=0, max_steps=STEPS),  # type: ignore[arg-type]
         estimator=estimator,

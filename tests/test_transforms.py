@@ -142,3 +142,63 @@ def test_bad_arguments_are_refused(generator: torch.Generator):
         data.blur(IMAGES[0], 1.0)
     with pytest.raises(DataError, match="floating-point"):
         data.shift((IMAGES * 255).to(torch.uint8), 1, 1)
+
+
+def test_augmentation_without_a_warp_is_the_shift_itself():
+    augment = data.Augmentation(shift=2)
+    assert augment.active
+    assert not augment.warps
+    expected = data.random_shift(IMAGES, 2, generator=seeded(3))
+    assert torch.equal(augment(IMAGES, generator=seeded(3)), expected)
+    assert not data.Augmentation().active
+
+
+def test_augmentation_flips_about_half_the_images_and_nothing_else():
+    x = torch.rand(400, 1, 3, 5, generator=seeded(0))
+    y = data.Augmentation(flip=True)(x, generator=seeded(1))
+    mirrored = (y == x.flip(-1)).flatten(1).all(1)
+    assert bool((mirrored | (y == x).flatten(1).all(1)).all())
+    assert 150 < int(mirrored.sum()) < 250
+
+
+@pytest.mark.parametrize(
+    ("given", "start", "bound"),
+    [({"rotate": 20.0}, (0.0, 0.5), 20.0), ({"zoom": 0.2}, (0.0, 0.5), 0.0), ({"shear": 0.3}, (0.5, 0.0), 17.0)],
+)
+def test_augmentation_moves_a_point_as_far_as_it_says(
+    given: dict[str, float], start: tuple[float, float], bound: float
+):
+    # a smooth spot off the centre, in half heights: where its centre of mass goes is the inverse map, exactly known
+    axis = (torch.arange(81) + 0.5) / 40.5 - 1
+    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
+    spot = torch.exp(-((rows - start[1]) ** 2 + (columns - start[0]) ** 2) / (2 * 0.08**2))
+    x = spot.expand(200, 1, 81, 81).double()
+    y = data.Augmentation(**given)(x, generator=seeded(5))
+    mass = y.sum((1, 2, 3))
+    at = torch.stack([(y[:, 0] * columns).sum((1, 2)) / mass, (y[:, 0] * rows).sum((1, 2)) / mass], 1)
+    turned = torch.atan2(at[:, 1], at[:, 0]) - torch.atan2(torch.tensor(start[1]), torch.tensor(start[0]))
+    radius = at.norm(dim=1)
+    degrees = torch.rad2deg(turned).abs()
+    if "rotate" in given:
+        assert 0.8 * bound < float(degrees.max()) <= bound + 0.1
+        assert torch.allclose(radius, torch.full_like(radius, 0.5), atol=2e-3)
+    elif "zoom" in given:
+        assert float(degrees.max()) < 0.1
+        assert 0.5 / 1.2 - 2e-3 <= float(radius.min()) < 0.44
+        assert 0.58 < float(radius.max()) <= 0.5 / 0.8 + 2e-3
+    else:  # a shear keeps points on its own axis where they are
+        assert float((at - torch.tensor(start)).abs().max()) < 2e-3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"rotate": 181.0}, {"zoom": 1.0}, {"zoom": -0.1}, {"shear": -1.0}, {"shift": -1}, {"rotate": float("nan")}],
+)
+def test_augmentation_refuses_what_is_out_of_range(given: dict[str, float]):
+    with pytest.raises(ConfigError, match=f"Augmentation.{next(iter(given))}"):
+        data.Augmentation(**given)
+
+
+def test_augmentation_refuses_what_is_no_image():
+    with pytest.raises(DataError, match="images"):
+        data.Augmentation(flip=True)(torch.rand(3, 4), generator=seeded(0))

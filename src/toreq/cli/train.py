@@ -42,6 +42,8 @@ class Train:
     """Train on this many examples, balanced over the classes."""
     limit_test: Annotated[int | None, _option("N", "(default: all)")] = None
     """Test on this many examples, balanced over the classes."""
+    holdout: Annotated[int | None, _option("N", "(default: none)")] = None
+    """Hold out this many training examples and test on them; the test data are not looked at."""
     batch_size: Annotated[int | None, _option("N", _RECIPE)] = None
     """Examples in a batch, over all devices."""
     lr: Annotated[float | None, _option("RATE", _RECIPE)] = None
@@ -58,6 +60,14 @@ class Train:
     """Largest norm of the gradient."""
     shift: Annotated[int | None, _option("PIXELS", _RECIPE)] = None
     """Move every training image by up to this many pixels, anew in each epoch."""
+    rotate: Annotated[float | None, _option("DEGREES", _RECIPE)] = None
+    """Turn every training image by up to this angle."""
+    zoom: Annotated[float | None, _option("SHARE", _RECIPE)] = None
+    """Stretch each axis of every training image by up to this share."""
+    shear: Annotated[float | None, _option("SHARE", _RECIPE)] = None
+    """Shear every training image by up to this share."""
+    flip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Mirror training images left to right, half of them."""
     out: Annotated[Path | None, _option("DIR", "(default: runs/SYSTEM[-ARCH]-DATA-SIDE-seedN)")] = None
     """The run folder, new or empty."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -125,6 +135,11 @@ class Train:
             "weight_decay": self.weight_decay,
             "gradient_clip": self.gradient_clip,
             "shift": self.shift,
+            "rotate": self.rotate,
+            "zoom": self.zoom,
+            "shear": self.shear,
+            "flip": self.flip or None,
+            "holdout": self.holdout,
         }
         name = "-".join([system, *([str(options["arch"])] if "arch" in options else []), self.data])
         return training.config_for(

@@ -24,7 +24,8 @@ def _identity(f: Activation, z: Tensor, s: Tensor, bound: Bound | None) -> Tenso
 
 
 def _relu(f: Activation, z: Tensor, s: Tensor, bound: Bound | None) -> Tensor:
-    return torch.where(z > 0, z / (1 + s), z)
+    assert isinstance(f, ReLU)
+    return torch.where(z > 0, z / (1 + s * f.gain), z)
 
 
 def _hard_sigmoid(f: Activation, z: Tensor, s: Tensor, bound: Bound | None) -> Tensor:

@@ -103,19 +103,29 @@ class HardSigmoid(Activation):
 
 
 class ReLU(Activation):
-    r""":math:`\sigma(a) = \max(a, 0)`, :math:`\Phi(a) = \|\max(a, 0)\|^2/2`."""
+    r""":math:`\sigma(a) = g\max(a, 0)`, :math:`\Phi(a) = \tfrac g2\|\max(a, 0)\|^2`.
+
+    Args:
+        gain: slope g above 0, as for :class:`Tanh`.
+    """
 
     analytic = False
     smooth = False
 
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        if not gain > 0:
+            raise ConfigError(f"ReLU: expected gain > 0, got {gain}; 1 is the ordinary relu")
+        self.gain = gain
+
     def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
-        return a.relu()
+        return a.relu() if self.gain == 1 else (self.gain * a).relu_()
 
     def potential(self, a: Tensor, bound: Bound | None = None) -> Tensor:
-        return 0.5 * a.relu().square().flatten(1).sum(1)
+        return 0.5 * self.gain * a.relu().square().flatten(1).sum(1)
 
     def derivative(self, a: Tensor, h: Tensor, w: Tensor, bound: Bound | None = None) -> Tensor:
-        return torch.where(a > 0, w, torch.zeros_like(w))
+        return torch.where(a > 0, w if self.gain == 1 else self.gain * w, torch.zeros_like(w))
 
 
 class Softmax(Activation):

@@ -1,6 +1,7 @@
 """Data sets in memory, tasks on sequences, index batches, seeded noise and corruptions."""
 
 from toreq.data.audio import Recordings, load_recordings, log_spectrogram
+from toreq.data.augment import Augmentation
 from toreq.data.batches import Batches, seeded
 from toreq.data.dataset import Dataset, Split, balanced_subset, check_batch
 from toreq.data.registry import load, names, sequence_task, sequence_task_names
@@ -20,6 +21,7 @@ from toreq.data.transforms import (
 )
 
 __all__ = [
+    "Augmentation",
     "Batch",
     "Batches",
     "Dataset",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -19,6 +19,7 @@ from toreq.core import (
     Energy,
     Lateral,
     Node,
+    ReLU,
     Tanh,
     activation,
     control_norm,
@@ -45,7 +46,7 @@ class DeepHopfield(System):
         solver, estimator: override the shipped ones.
         hidden: widths of the hidden layers.
         nonlinearity: of the hidden layers.
-        gain: ratio of one layer's slope to that of the layer below (tanh only; 16 when None). The way up is then
+        gain: ratio of one layer's slope to that of the layer below (tanh and relu; 16 when None). The way up is then
             ``gain`` times as strong as the way down, at the same radius of the relaxation.
         gated: add a gated lateral coupling on the first layer.
         output: ``"head"`` or ``"node"``.
@@ -131,7 +132,7 @@ class ConvHopfield(System):
         stride: stride of every convolution.
         padding: zero padding of every convolution.
         nonlinearity: of the hidden layers.
-        gain: ratio of one layer's slope to that of the layer below (tanh only; 16 when None). The way up is then
+        gain: ratio of one layer's slope to that of the layer below (tanh and relu; 16 when None). The way up is then
             ``gain`` times as strong as the way down, at the same radius of the relaxation.
         gated: add a gated lateral coupling on the first layer.
         coupling_scale: the initial couplings' deviation is this over the square root of fan-in.
@@ -227,20 +228,24 @@ class Bias(nn.Module):
         return self.value.expand(x.shape[0], *self.expanded)
 
 
+_STEEP: dict[str, Callable[[float], Activation]] = {"tanh": Tanh, "relu": ReLU}
+"""Activations whose slope can be set."""
+
+
 def _slopes(nonlinearity: str, gain: float | None, layers: int) -> list[float]:
-    if gain is not None and nonlinearity != "tanh":
+    if gain is not None and nonlinearity not in _STEEP:
         raise ConfigError(
-            f"DeepHopfield: expected gain=None with nonlinearity={nonlinearity!r}, got {gain}; only tanh has a "
-            f"slope to set"
+            f"DeepHopfield: expected gain=None with nonlinearity={nonlinearity!r}, got {gain}; only "
+            f"{' and '.join(_STEEP)} have a slope to set"
         )
     if gain is not None and not gain > 0:
         raise ConfigError(f"DeepHopfield: expected gain > 0, got {gain}; 1 makes all layers alike")
-    ratio = (16.0 if gain is None else gain) if nonlinearity == "tanh" else 1.0
+    ratio = (16.0 if gain is None else gain) if nonlinearity in _STEEP else 1.0
     return [ratio**i for i in range(layers)]
 
 
 def _activation(kind: str, slope: float) -> Activation:
-    return Tanh(slope) if kind == "tanh" else activation(kind)
+    return _STEEP[kind](slope) if kind in _STEEP else activation(kind)
 
 
 def _output(kind: str) -> str:

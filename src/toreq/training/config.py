@@ -30,9 +30,10 @@ class TrainConfig:
     The learning rate rises linearly over `warmup` steps (a fraction of the run in [0, 1)) and then is constant, or
     falls as a half cosine to `final_learning_rate` times its peak. `gradient_clip` bounds the norm of the whole
     gradient (None: no bound). `shift` moves every training image by up to that many pixels, anew in each epoch and
-    alike for every side. `checkpoint_every` is in seconds; one is also written after each epoch. `devices` above one
-    trains under DistributedDataParallel, each with its share of `batch_size`. `threads` is torch's number of threads
-    (None: as it is; one if `deterministic`).
+    alike for every side; `rotate` (degrees), `zoom` and `shear` (shares) and `flip` do the same
+    (`toreq.data.Augmentation`). `checkpoint_every` is in seconds; one is also written after each epoch. `devices` above
+    one trains under DistributedDataParallel, each with its share of `batch_size`. `threads` is torch's number of
+    threads (None: as it is; one if `deterministic`).
 
     Raises `ConfigError` for a value out of range or an unknown name.
     """
@@ -54,6 +55,10 @@ class TrainConfig:
     weight_decay: float = 0.0
     gradient_clip: float | None = None
     shift: int = 0
+    rotate: float = 0.0
+    zoom: float = 0.0
+    shear: float = 0.0
+    flip: bool = False
     out: str | None = None
     device: str = "auto"
     devices: int = 1
@@ -85,8 +90,10 @@ class TrainConfig:
         if self.holdout is not None and self.limit_test is not None:
             self._refuse("limit_test", "None beside a holdout, which stands in for the test data", "leave one out")
         self._number("learning_rate", 0.0, math.inf, open_low=True)
-        for name in ("weight_decay", "checkpoint_every"):
+        for name in ("weight_decay", "checkpoint_every", "shear"):
             self._number(name, 0.0, math.inf)
+        self._number("rotate", 0.0, 180.0, open_high=False)
+        self._number("zoom", 0.0, 1.0)
         for name in ("momentum", "warmup"):
             self._number(name, 0.0, 1.0)
         self._number("final_learning_rate", 0.0, 1.0, open_high=False)

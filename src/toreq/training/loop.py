@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from toreq.data import Batches, random_shift, seeded
+from toreq.data import Augmentation, Batches, seeded
 from toreq.errors import ConfigError
 from toreq.training.config import TrainConfig
 from toreq.training.evaluation import unwarned
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LOG_EVERY = 50
-_SHIFT = 1  # key of the shifts' random stream, apart from the batches' own
+_AUGMENT = 1  # key of the augmentation's random stream, apart from the batches' own
 
 
 def train(
@@ -71,6 +71,7 @@ def _run(session: Session, stop: StopRequest, console: Console | None, command: 
     drop_last = 0 < len(x) % config.batch_size < session.world
     batches = Batches(x, y, config.batch_size, seed=config.seed, drop_last=drop_last)
     total = config.epochs * len(batches)
+    augment = Augmentation(config.shift, config.rotate, config.zoom, config.shear, config.flip)
     last_save = time.monotonic()
 
     with _live(session, console, total) as live, _writer(session) as writer, unwarned(session.layers):
@@ -78,10 +79,10 @@ def _run(session: Session, stop: StopRequest, console: Console | None, command: 
             model.train()
             started = time.perf_counter() - at.seconds
             for joint_x, joint_y in batches.epoch(at.epoch, start=at.batch):
-                if config.shift:
+                if augment.active:
                     # a pure function of (seed, epoch, batch), so that a resumed run sees the same images
-                    draw = seeded(config.seed, _SHIFT, at.epoch, at.batch, device=joint_x.device)
-                    joint_x = random_shift(joint_x, config.shift, generator=draw)
+                    draw = seeded(config.seed, _AUGMENT, at.epoch, at.batch, device=joint_x.device)
+                    joint_x = augment(joint_x, generator=draw)
                 x, y = joint_x[session.rank :: session.world], joint_y[session.rank :: session.world]
                 for group in optimizer.param_groups:
                     group["lr"] = config.learning_rate_at(at.step, total)

@@ -17,6 +17,9 @@ _TRAIN: dict[tuple[str, str], dict[str, Any]] = {
     ("toreqprop", "hopfield"): {"epochs": 12, "learning_rate": 1e-3, "batch_size": 128},
     ("toreqprop", "conv"): {"epochs": 8, "learning_rate": 2e-3, "batch_size": 128, "shift": 1},
     ("toreqprop", "transformer"): {"epochs": 6, "learning_rate": 2e-3, "batch_size": 128, "warmup": 0.05},
+    ("mstep", "conv"): {"epochs": 8, "learning_rate": 2e-3, "batch_size": 128, "shift": 1},
+    ("mstep", "dense"): {"epochs": 12, "learning_rate": 1e-3, "batch_size": 128, "shift": 1},
+    ("mstep", "sequence"): {"epochs": 6, "learning_rate": 2e-3, "batch_size": 128, "warmup": 0.05},
 }
 
 
@@ -77,6 +80,18 @@ _DEMO: dict[str, tuple[DemoRow, ...]] = {
             limit_test=2_000,
             seconds=15.0,
             train={"learning_rate": 2e-3, "shift": 0},
+        ),
+    ),
+    "mstep": (
+        DemoRow(
+            "mstep",
+            "mstep conv",
+            {"arch": "conv", "channels": [16, 32]},
+            epochs=1,
+            limit_train=5_000,
+            limit_test=2_000,
+            seconds=20.0,
+            train={"learning_rate": 3e-3, "batch_size": 64, "shift": 0},
         ),
     ),
 }

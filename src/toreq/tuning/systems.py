@@ -24,6 +24,9 @@ FLAGS = {
     "warmup": "--warmup",
     "gradient_clip": "--gradient-clip",
     "shift": "--shift",
+    "rotate": "--rotate",
+    "zoom": "--zoom",
+    "shear": "--shear",
 }
 """Fields of `TrainConfig` that can be tuned, with the flag of ``toreq train`` that sets each."""
 _PARTS = ("solver", "estimator")

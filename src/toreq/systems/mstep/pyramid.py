@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toreq.core import Adjoint, Coupling, Energy, Node, Replicate, Spring, Tanh
+from toreq.core import Adjoint, Coupling, Energy, Node, ReLU, Replicate, Spring, Tanh
 from toreq.core.implicit import implicit_available
 from toreq.core.state import detached, rows, selected, take
 from toreq.errors import ConfigError
@@ -59,7 +59,7 @@ class Springs:
         pairs = list(zip(fine, coarse, strict=True))
         out: list[Coupling] = []
         for f, c in pairs[-1:] if self.layers == "last" else pairs:
-            slope = f.activation.gain if isinstance(f.activation, Tanh) else 1.0
+            slope = f.activation.gain if isinstance(f.activation, Tanh | ReLU) else 1.0
             up = Replicate(c.shape, 2, self.axes)
             out.append(Spring(f.name, c.name, up, self.strength / slope, self.learned))
             if self.mu is not None:
