@@ -45,8 +45,9 @@ class Tune:
         tuple[str, ...], tyro.conf.UseAppendAction, _option("NAME=RANGE", "(default: shown at start)")
     ] = ()
     """What to search (repeatable): low..high, low..high:log, or values a,b,c of a field of training (learning_rate,
-    weight_decay, batch_size, optimizer, schedule, warmup, gradient_clip, shift, rotate, zoom, shear), an option of the system, or a field of
-    the solver or estimator (solver.damping). Whole ends mean whole numbers where the option is one."""
+    weight_decay, batch_size, optimizer, schedule, warmup, gradient_clip, shift, rotate, zoom, shear), an option of the
+    system, or a field of the solver or estimator (solver.damping). Whole ends mean whole numbers where the option is
+    one."""
     trials: Annotated[int, _option("N", "(default: 20)")] = 20
     """Trainings in all; a larger number goes on with an earlier search."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, _option("KEY=VALUE", "(repeatable)")] = ()
