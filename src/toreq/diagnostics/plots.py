@@ -192,6 +192,48 @@ def residuals(phases: Mapping[str, Array], tolerance: float | None, theme: Theme
         return figure
 
 
+def levels(distance: Sequence[Array], theme: Theme = "light") -> Figure:
+    """Each level's distance from its equilibrium against step, the finest first: median over examples and the middle
+    80%; per level (T, B), the start in the first row."""
+    with _axes(theme) as (figure, axes, palette):
+        for index, values in enumerate(distance):
+            shown = np.where(np.asarray(values) > 0, values, np.nan)
+            low, middle, high = (_quantile(shown, q) for q in (0.1, 0.5, 0.9))
+            look = index % len(palette.series)
+            axes.fill_between(range(len(shown)), low, high, color=palette.series[look], alpha=0.2, linewidth=0)
+            name = f"level {index + 1}" + (" (finest)" if index == 0 else "")
+            axes.plot(middle, color=palette.series[look], linestyle=STYLES[look], marker=MARKERS[look], label=name)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set(title="The levels settle", xlabel="step", ylabel="distance from equilibrium")
+        axes.legend()
+        return figure
+
+
+def level_maps(maps: Sequence[Array], theme: Theme = "light") -> Figure:
+    """Where each level (rows, the finest first) is still away from its equilibrium, at up to six steps (columns): the
+    distance in powers of ten, from a level's largest down to a thousandth of it; per level (T, H, W)."""
+    last = len(maps[0]) - 1
+    steps = sorted({round(last * i / 5) for i in range(6)})
+    with _axes(theme, height=0.75 + 0.78 * len(maps)) as (figure, axes, palette):
+        axes.remove()
+        figure.suptitle("Distance from equilibrium, one image", fontsize=10.5)
+        for row, values in enumerate(maps):
+            top = max(float(np.max(values)), np.finfo(np.float64).tiny)
+            for column, step in enumerate(steps):
+                cell = figure.add_subplot(len(maps), len(steps), row * len(steps) + column + 1)
+                shown = np.log10(np.maximum(np.asarray(values[step]) / top, 1e-3))
+                cell.imshow(shown, cmap=palette.ramp, vmin=-3.0, vmax=0.0, interpolation="nearest")
+                cell.set_xticks([])
+                cell.set_yticks([])
+                cell.grid(visible=False)
+                if row == 0:
+                    cell.set_title(f"step {step}" if column == 0 else str(step), fontsize=9, pad=2)
+                if column == 0:
+                    cell.set_ylabel(f"level {row + 1}", fontsize=9)
+        return figure
+
+
 def _quantile(values: Array, q: float) -> Array:
     """Quantile over examples of each step; a step where every example is exactly settled stays empty."""
     rows = [row[np.isfinite(row)] for row in values]

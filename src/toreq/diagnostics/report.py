@@ -47,8 +47,9 @@ COLUMNS: Mapping[str, tuple[str, str, bool | None]] = {
     ),
     "radius": (
         "radius",
-        "Spectral radius of the relaxation's Jacobian: how strongly the settling net is coupled. Below 1 it settles; "
-        "near 0 the couplings would hardly matter.",
+        "Spectral radius of the plain relaxation's Jacobian: how strongly the settling net is coupled. Below 1 it "
+        "settles undamped; near 0 the couplings would hardly matter. Springs between levels raise it, and are solved "
+        "implicitly.",
         None,
     ),
     "peak_memory_mb": ("peak MB", "Peak resident memory of the training process, library included.", False),

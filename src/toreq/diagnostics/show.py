@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from toreq.diagnostics import html, plots
+from toreq.diagnostics.levels import LevelSettling, level_settling
 from toreq.diagnostics.plots import Theme
 from toreq.diagnostics.relaxation import Relaxation, predictions, relaxation
 from toreq.diagnostics.runs import Run, label, learning_curve, load_data, load_run
@@ -30,6 +31,8 @@ CAPTIONS = {
     "residual": "How far the state is from its fixed point, step by step: median and the middle 80% of the examples.",
     "energy": "The energy that the free phase descends, above its value at the end.",
     "steps": "Relaxation steps that the examples took until they met the tolerance.",
+    "levels": "How far each level of the pyramid is from where it settles: median and the middle 80% of the examples.",
+    "level_maps": "Where on one image each level (rows, the finest first) has still to settle, by powers of ten.",
     "confusion": "Which digits the trained net takes for which, on the test set.",
     "misclassified": "Test images that the trained net gets wrong.",
 }
@@ -84,6 +87,7 @@ def draw_run(run: Run) -> tuple[dict[str, Drawing], list[str]]:
         drawings |= draw_relaxation(recorded)
         if recorded.free.energy is None:
             missing.append("the energy (this field is not the gradient of one)")
+        drawings |= _draw_levels(level_settling(run.model, x[:RECORDED], y[:RECORDED]))
     predicted = predictions(run.model, x)
     if predicted.ndim == 1 and y.ndim == 1:
         drawings |= _draw_classes(x, y, predicted, data.num_classes)
@@ -104,6 +108,15 @@ def draw_relaxation(recorded: Relaxation) -> dict[str, Drawing]:
     trace = free.energy
     if trace is not None:
         drawings["energy"] = lambda theme: plots.energy(trace, theme)
+    return drawings
+
+
+def _draw_levels(settling: LevelSettling | None) -> dict[str, Drawing]:
+    if settling is None:
+        return {}
+    drawings: dict[str, Drawing] = {"levels": lambda theme: plots.levels(settling.distance, theme)}
+    if settling.maps:
+        drawings["level_maps"] = lambda theme: plots.level_maps(settling.maps, theme)
     return drawings
 
 
