@@ -11,10 +11,10 @@ from toreq.data import Dataset
 from toreq.diagnostics.check import CheckResult, check
 from toreq.diagnostics.gradients import MAX_DIFFERENCE_ERROR, MAX_NEGLIGIBLE_ERROR, criterion
 from toreq.diagnostics.relaxation import couplings_off
-from toreq.estimators import names
+from toreq.estimators import Estimator, names
 from toreq.evidence import counting
 from toreq.evidence.base import nets
-from toreq.evidence.claim import Claim, Cost, Criterion, Outcome, Picture, Quantity, Trial
+from toreq.evidence.claim import Claim, Cost, Criterion, Outcome, Picture, Quantity, Scale, Trial
 
 SYMMETRIC, NOT_SYMMETRIC, AIM, RADIUS = 0.997, 0.42, 0.999, 0.3
 PHASES = ("untrained", "trained")
@@ -41,6 +41,7 @@ def measured(
     train: Callable[[], int],
     group: Callable[[str], str] | None = None,
     differences_in: Sequence[str] = PHASES,
+    estimators: Sequence[tuple[str, Estimator]] | None = None,
 ) -> Outcome:
     """The comparison on one network, before and after ``train``.
 
@@ -51,6 +52,7 @@ def measured(
         train: trains the network and returns the number of samples seen.
         group: maps a parameter's name to a group, whose smallest cosine under the shipped estimator is reported too.
         differences_in: phases in which the reference is compared with finite differences.
+        estimators: names and estimators to compare; all that support the network when None.
     """
     batch = examples(trial)
     x, y = data.inputs("train", slice(0, batch)).to(trial.device), data.train_y[:batch].to(trial.device)
@@ -63,7 +65,7 @@ def measured(
         if phase == "trained":
             samples = train()
         compared = trial.budget.conclusive and phase in differences_in
-        result = check(net, x, y, finite_differences=compared, steps=())
+        result = check(net, x, y, candidates=estimators, finite_differences=compared, steps=())
         for estimator, cosine in _cosines(result).items():
             metrics[f"smallest cosine, {estimator}, {phase}"] = Quantity(cosine, "")
             worst = min(worst, cosine)
@@ -120,12 +122,15 @@ def _criteria() -> tuple[Criterion, ...]:
     return criteria({side: plain.get(side, symmetric) for side in SIDES})
 
 
-def criteria(said: Mapping[str, tuple[float | None, str]], radius: str = "radius, trained") -> tuple[Criterion, ...]:
+def criteria(
+    said: Mapping[str, tuple[float | None, str]], radius: str = "radius, trained", scale: Scale = "linear"
+) -> tuple[Criterion, ...]:
     """What every side is judged by.
 
     Args:
         said: side -> the seed's number and words.
         radius: metric of the condition on the trained network's couplings.
+        scale: on which its interval is taken.
     """
     found: list[Criterion] = []
     for side, (target, words) in said.items():
@@ -154,7 +159,16 @@ def criteria(said: Mapping[str, tuple[float | None, str]], radius: str = "radius
         )
     for side in said:
         found.append(
-            Criterion(f"{side}: radius after training", radius, "", "at_least", side, aim=RADIUS, condition=True)
+            Criterion(
+                f"{side}: radius after training",
+                radius,
+                "",
+                "at_least",
+                side,
+                aim=RADIUS,
+                scale=scale,
+                condition=True,
+            )
         )
         found.append(
             Criterion(

@@ -45,7 +45,7 @@ def run(trial: Trial) -> Outcome:
     """Parameters and peak memory against one level, and the share of examples that do not settle."""
     metrics: dict[str, Quantity] = {}
     total = 0
-    for arch in ARCHITECTURES:
+    for arch in trial.budget.pick(("dense",), ARCHITECTURES, ARCHITECTURES):
         for suffix, size in SIZES.items():
             count, peak = _cost(trial.budget, trial.seed, trial.device, trial.side, arch, size)
             one_count, one_peak = _cost(trial.budget, trial.seed, trial.device, ONE, arch, size)

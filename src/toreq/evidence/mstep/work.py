@@ -166,7 +166,16 @@ def _criteria() -> tuple[Criterion, ...]:
         for phase in PHASES
     ]
     found += [
-        Criterion(f"{side}: radius of the levels alone", ALONE, "", "at_least", side, aim=RADIUS, condition=True)
+        Criterion(
+            f"{side}: radius of the levels alone",
+            ALONE,
+            "",
+            "at_least",
+            side,
+            aim=RADIUS,
+            scale="log",
+            condition=True,
+        )
         for side in JUDGED
     ]
     found += [
