@@ -220,9 +220,8 @@ CLAIM = Claim(
     run=run,
     picture=Picture(
         "Work saved by settling from coarse to fine",
-        x_label="times fewer operations than the best other solver",
+        x_label="times fewer operations than the best other",
         metrics=tuple(f"times fewer, {phase}" for phase in PHASES),
-        log_x=True,
     ),
     printed=("radius", ALONE, "accuracy, couplings off"),
 )
