@@ -86,12 +86,13 @@ _DEMO: dict[str, tuple[DemoRow, ...]] = {
         DemoRow(
             "mstep",
             "mstep conv",
-            {"arch": "conv", "channels": [16, 32]},
+            # the fast settings, since three levels cost more than one
+            {"arch": "conv", "channels": [16, 32], "settings": "fast"},
             epochs=1,
-            limit_train=5_000,
+            limit_train=10_000,
             limit_test=2_000,
             seconds=20.0,
-            train={"learning_rate": 3e-3, "batch_size": 64, "shift": 0},
+            train={"learning_rate": 3e-3, "batch_size": 32, "shift": 0},
         ),
     ),
 }
