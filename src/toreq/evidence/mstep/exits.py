@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,8 +100,10 @@ def _settling(trial: Trial, net: MultiScale, data: Dataset) -> Found:
     joint = Point((start + float(steps.mean()) * sweep[0]) / unit, correct)
     further: dict[str, Quantity] = {}
     if trial.side == EXITS:
-        points = _by_margin(net, x, y, sweep, start, unit)
-        further = _shares(net, x, y)
+        logits, taken = levels_read(net, x)
+        spent = taken.double() * torch.tensor(sweep, dtype=torch.float64, device=x.device)
+        points = [Point((work + start) / unit, right) for work, right in _by_margin(logits, spent, y)]
+        further = _shares(logits, y)
         further["work of the start"] = Quantity(start / unit, "fine sweeps")
     elif trial.side in (STOPPED, ONE_STOPPED):
         points = [*_by_steps(net, x, y, sweep[0] / unit, start / unit), joint]
@@ -187,25 +187,23 @@ def left_at(logits: Tensor, margin: float) -> Tensor:
     return torch.where(sure, places, -1).amax(1)
 
 
-def _by_margin(net: MultiScale, x: Tensor, y: Tensor, sweep: Sequence[float], start: float, unit: float) -> list[Point]:
-    logits, steps = levels_read(net, x)
-    spent = steps.double() * torch.tensor(sweep, dtype=torch.float64, device=x.device)
-    points = []
+def _by_margin(logits: Tensor, spent: Tensor, y: Tensor) -> list[tuple[float, float]]:
+    """Mean operations and percent right at each margin; ``spent`` ``(B, L)`` are the operations on each level."""
+    found = []
+    rows = torch.arange(len(y), device=y.device)
     for margin in MARGINS:
         level = left_at(logits, margin)
-        visited = torch.arange(net.levels, device=x.device) >= level[:, None]
-        work = (spent * visited).sum(1).mean() + start
-        right = logits[torch.arange(len(x), device=x.device), level].argmax(1) == y
-        points.append(Point(float(work) / unit, 100 * float(right.double().mean())))
-    return points
+        visited = torch.arange(logits.shape[1], device=y.device) >= level[:, None]
+        right = logits[rows, level].argmax(1) == y
+        found.append((float((spent * visited).sum(1).mean()), 100 * float(right.double().mean())))
+    return found
 
 
-def _shares(net: MultiScale, x: Tensor, y: Tensor) -> dict[str, Quantity]:
+def _shares(logits: Tensor, y: Tensor) -> dict[str, Quantity]:
     """Accuracy of each level's read-out alone, and who leaves where at one margin."""
-    logits, _ = levels_read(net, x)
     found = {}
     place = left_at(logits, 0.9)
-    for level in range(net.levels):
+    for level in range(logits.shape[1]):
         right = logits[:, level].argmax(1) == y
         found[f"accuracy of level {level + 1}"] = Quantity(100 * float(right.double().mean()), "%")
         share = 100 * float((place == level).double().mean())
@@ -240,7 +238,7 @@ def _by_steps(net: MultiScale, x: Tensor, y: Tensor, sweep: float, start: float)
 def _feedforward(trial: Trial, data: Dataset) -> tuple[nn.Module, Found, int]:
     """The twin, trained by backprop for as many steps."""
     net = nets.pyramid(trial.budget, trial.seed, trial.device, "conv")
-    twin = copy.deepcopy(net.feedforward()).to(trial.device)
+    twin = net.feedforward().to(trial.device)
     steps, batch = _steps(trial.budget)
     optimizer = torch.optim.Adam(twin.parameters(), lr=nets.RATE)
     batches = Batches(*data.split("train"), batch, seed=trial.seed, device=torch.device(trial.device))
