@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -39,6 +40,7 @@ class Plan:
         tested: test images of those; all of them at the end.
         warmup: share of the steps over which the rate rises.
         clip: largest norm of the gradient.
+        decay: of the weights, decoupled from the gradient (AdamW).
         save_every: seconds from one saving to the next; 0 saves after every step.
     """
 
@@ -50,6 +52,7 @@ class Plan:
     tested: int = 2000
     warmup: float = 0.05
     clip: float = 1.0
+    decay: float = 0.0
     save_every: float = 30.0
 
 
@@ -61,6 +64,7 @@ class Progress:
         step, steps: done and planned.
         samples: seen.
         curve: (epochs, test accuracy in percent).
+        marks: (epochs, what a watcher measured).
         diverged: why it ended early, empty where it did not.
         seconds: of the processor in training steps.
         resumed: how often it was gone on with.
@@ -70,6 +74,7 @@ class Progress:
     steps: int = 0
     samples: int = 0
     curve: list[tuple[float, float]] = field(default_factory=list)
+    marks: list[tuple[float, float]] = field(default_factory=list)
     diverged: str = ""
     seconds: float = 0.0
     resumed: int = 0
@@ -93,7 +98,15 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return 100 * float((found == y).double().mean())
 
 
-def fit(net: nn.Module, data: Dataset, plan: Plan, *, seed: int, scratch: Path | None = None) -> Progress:
+def fit(
+    net: nn.Module,
+    data: Dataset,
+    plan: Plan,
+    *,
+    seed: int,
+    scratch: Path | None = None,
+    watch: Callable[[nn.Module], float] | None = None,
+) -> Progress:
     """Train a network in place by Adam and leave it in evaluation mode.
 
     A training that diverges (a state, loss or gradient that is no longer finite) ends there and says so. With a scratch
@@ -105,6 +118,7 @@ def fit(net: nn.Module, data: Dataset, plan: Plan, *, seed: int, scratch: Path |
         plan: how.
         seed: of the order.
         scratch: the folder; None keeps nothing.
+        watch: measures the network at every test.
 
     Raises:
         CheckpointError: the folder holds another training.
@@ -112,7 +126,7 @@ def fit(net: nn.Module, data: Dataset, plan: Plan, *, seed: int, scratch: Path |
     """
     device = next(net.parameters()).device
     batches = Batches(*data.split("train"), plan.batch, seed=seed, device=device)
-    optimizer = torch.optim.Adam(net.parameters(), lr=plan.rate)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=plan.rate, weight_decay=plan.decay)
     folder = None if scratch is None else scratch / "training"
     identity = {"plan": asdict(plan), "seed": seed, "parameters": counting.parameters(net)}
     at = _resumed(folder, identity, net, optimizer)
@@ -130,7 +144,7 @@ def fit(net: nn.Module, data: Dataset, plan: Plan, *, seed: int, scratch: Path |
                 if at.diverged or at.step == at.steps:
                     break
                 if at.step % every == 0:
-                    at.curve.append((at.step / len(batches), accuracy(net.eval(), x, y)))
+                    _test(net.eval(), x, y, at, at.step / len(batches), watch)
                 stopping = stop.signal is not None
                 if folder is not None and (stopping or time.monotonic() - saved >= plan.save_every):
                     _save(folder, identity, net, optimizer, at)
@@ -139,8 +153,16 @@ def fit(net: nn.Module, data: Dataset, plan: Plan, *, seed: int, scratch: Path |
                     raise Interrupted(f"stopped at step {at.step} of {at.steps}; the same call goes on")
     net.eval()
     if not at.curve or at.curve[-1][0] < at.step / len(batches):
-        at.curve.append((at.step / len(batches), accuracy(net, x, y)))
+        _test(net, x, y, at, at.step / len(batches), watch)
     return at
+
+
+def _test(
+    net: nn.Module, x: Tensor, y: Tensor, at: Progress, epochs: float, watch: Callable[[nn.Module], float] | None
+) -> None:
+    at.curve.append((epochs, accuracy(net, x, y)))
+    if watch is not None:
+        at.marks.append((epochs, watch(net)))
 
 
 def _step(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, plan: Plan, at: Progress) -> str:
@@ -215,7 +237,9 @@ def _resumed(
     checkpoint.restore_optimizer(optimizer, checkpoint.within("optimizer", tensors), state["optimizer"], where)
     rng.restore(net, checkpoint.within("rng", tensors))
     values = state["progress"]
-    at = Progress(**{**values, "curve": [(float(x), float(y)) for x, y in values["curve"]]})
+    # JSON has no tuples
+    curves = {name: [(float(x), float(y)) for x, y in values[name]] for name in ("curve", "marks")}
+    at = Progress(**{**values, **curves})
     at.resumed += 1
     return at
 
