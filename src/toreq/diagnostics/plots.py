@@ -234,6 +234,27 @@ def level_maps(maps: Sequence[Array], theme: Theme = "light") -> Figure:
         return figure
 
 
+def level_errors(sizes: Array, theme: Theme = "light") -> Figure:
+    """Size of each level's error (rows, the last level on top) after each step (columns) in powers of ten, the median
+    over examples, from the largest down to a millionth of it; (T, L, B)."""
+    middle = np.median(np.asarray(sizes, dtype=np.float64), axis=2).T
+    top = max(float(np.nanmax(middle)), np.finfo(np.float64).tiny)
+    # a level that no error has reached yet stays empty
+    shown = np.log10(np.where(middle > 0, np.maximum(middle, 1e-6 * top), np.nan))
+    steps, count = middle.shape[1], len(middle)
+    with _axes(theme) as (figure, axes, palette):
+        axes.grid(visible=False)
+        extent = (-0.5, steps - 0.5, 0.5, count + 0.5)
+        image = axes.imshow(
+            shown, cmap=palette.ramp, origin="lower", aspect="auto", interpolation="nearest", extent=extent
+        )
+        figure.colorbar(image, ax=axes, label="size of the error, power of ten")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+        axes.set(title="Errors on their way down", xlabel="step of the nudged phase", ylabel="level")
+        return figure
+
+
 def _quantile(values: Array, q: float) -> Array:
     """Quantile over examples of each step; a step where every example is exactly settled stays empty."""
     rows = [row[np.isfinite(row)] for row in values]

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from toreq.diagnostics import html, plots
+from toreq.diagnostics.errors import level_errors
 from toreq.diagnostics.levels import LevelSettling, level_settling
 from toreq.diagnostics.plots import Theme
 from toreq.diagnostics.relaxation import Relaxation, predictions, relaxation
@@ -33,6 +34,7 @@ CAPTIONS = {
     "steps": "Relaxation steps that the examples took until they met the tolerance.",
     "levels": "How far each level of the pyramid is from where it settles: median and the middle 80% of the examples.",
     "level_maps": "Where on one image each level (rows, the finest first) has still to settle, by powers of ten.",
+    "errors": "Size of each level's error after each step of the nudged phase beside the nudge: median over examples.",
     "confusion": "Which digits the trained net takes for which, on the test set.",
     "misclassified": "Test images that the trained net gets wrong.",
 }
@@ -88,6 +90,9 @@ def draw_run(run: Run) -> tuple[dict[str, Drawing], list[str]]:
         if recorded.free.energy is None:
             missing.append("the energy (this field is not the gradient of one)")
         drawings |= _draw_levels(level_settling(run.model, x[:RECORDED], y[:RECORDED]))
+        errors = level_errors(run.model, x[:RECORDED], y[:RECORDED])
+        if errors is not None:
+            drawings["errors"] = lambda theme: plots.level_errors(errors.sizes, theme)
     predicted = predictions(run.model, x)
     if predicted.ndim == 1 and y.ndim == 1:
         drawings |= _draw_classes(x, y, predicted, data.num_classes)
