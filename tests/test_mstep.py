@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from oracles import residual_of
-from toreq import systems
-from toreq.core import Conv, Energy, Spring
+from toreq import data, systems
+from toreq.core import Conv, Drive, Energy, Lateral, Spring
 from toreq.core.state import detached
 from toreq.diagnostics.gradients import against_implicit, compare, gradients, tight_copy
 from toreq.errors import ConfigError
 from toreq.estimators import Centered, Holomorphic, Implicit, Unrolled
+from toreq.evidence.mstep.nets import radius_alone
 from toreq.solvers import Anderson, CoarseToFine, FixedPoint
 from toreq.systems.looped_transformer import Tokens
 from toreq.systems.mstep import MultiScale, MultiScaleConv, MultiScaleDense, MultiScaleSequence
+from toreq.systems.mstep.parts import PoolTokens
 from toreq.systems.mstep.sharing import SharedConv, SharedDense
 
 Make = Callable[..., MultiScale]
@@ -363,3 +365,42 @@ def test_bound_tensors_of_shared_weights_are_one_tensor() -> None:
     assert len(bindings) > 0
     originals = [k for k in net.state_dict() if "original" in k]
     assert len(originals) == 3  # queries, keys and one matrix for all levels
+
+
+def test_pooled_tokens_are_means_as_long_as_what_they_stand_for() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 12, 9, generator=g, dtype=torch.float64)
+    y = PoolTokens(4)(x)
+    assert y.shape == (2, 3, 9)
+    mean = x.unflatten(1, (3, 4)).mean(2)
+    torch.testing.assert_close(y.mean(-1), mean.mean(-1))
+    deviation = x.unflatten(1, (3, 4)).var(-1, correction=0).mean(2).sqrt()
+    torch.testing.assert_close(y.std(-1, correction=0), deviation)
+    cosine = torch.cosine_similarity(y - y.mean(-1, keepdim=True), mean - mean.mean(-1, keepdim=True), dim=-1)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+    # equal tokens stay as they are, and tokens that cancel do not blow up
+    same = x[:, :1].expand(2, 4, 9)
+    torch.testing.assert_close(PoolTokens(4)(same), same[:, :1])
+    assert bool(PoolTokens(2)(torch.cat([x[:, :1], -x[:, :1]], 1)).isfinite().all())
+
+
+def test_coarse_tokens_are_coupled_no_more_strongly_than_fine_ones() -> None:
+    torch.manual_seed(0)
+    x = data.load("mnist").limit(4, 1).inputs("train", slice(None))
+    sizes = {}
+    for levels in (1, 3):
+        net = MultiScaleSequence((1, 28, 28), 10, levels=levels, features=32, heads=2, hidden=64, patch="rows")
+        sizes[levels] = radius_alone(net, x)
+    assert sizes[3] < 2 * sizes[1]
+
+
+def test_gates_of_coarse_and_repeated_tokens_stay_gates() -> None:
+    torch.manual_seed(0)
+    net = MultiScaleSequence((7,), 3, levels=3, features=8, heads=2, hidden=8, vocabulary=5, gated=True)
+    assert net.count == 8
+    x = torch.randint(0, 5, (2, 7), generator=torch.Generator().manual_seed(0))
+    gates = [c.gate(x) for _, c in net.equilibrium.dynamics.terms() if isinstance(c, Lateral) and c.gate is not None]
+    assert [g.shape[1] for g in gates] == [2, 4, 8] or [g.shape[1] for g in gates] == [8, 4, 2]
+    assert all(bool(((g > 0) & (g < 1)).all()) for g in gates)
+    drives = {c.node: c.module(x) for _, c in net.equilibrium.dynamics.terms() if isinstance(c, Drive)}
+    torch.testing.assert_close(drives["l1_tokens"][:, 7], drives["l1_tokens"][:, 6])

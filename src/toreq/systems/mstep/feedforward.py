@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toreq.core import Replicate, activation
 from toreq.systems.looped_transformer import TokenHead, Tokens
-from toreq.systems.mstep.parts import PoolAxis, PoolImage
+from toreq.systems.mstep.parts import PadTokens, PoolImage, PoolTokens
 
 
 class MultiResolution(nn.Module):
@@ -106,7 +105,8 @@ class MultiResolutionTokens(nn.Module):
         self.embed = Tokens(input_shape, features, patch, vocabulary)
         coarsest = 2 ** (levels - 1)
         self.count = math.ceil(self.embed.count / coarsest) * coarsest
-        self.pools = nn.ModuleList(PoolAxis(2**i, -2) for i in range(levels))
+        self.pad = PadTokens(self.count - self.embed.count)
+        self.pools = nn.ModuleList(PoolTokens(2**i) if i else nn.Identity() for i in range(levels))
         blocks: list[nn.Module] = []
         for _ in range(levels):
             fresh = nn.TransformerEncoderLayer(
@@ -118,8 +118,7 @@ class MultiResolutionTokens(nn.Module):
         self.head = TokenHead(self.count, features, num_classes, pool)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embed(x)
-        tokens = F.pad(tokens, (0, 0, 0, self.count - tokens.shape[1]))
+        tokens = self.pad(self.embed(x))
         above: Tensor | None = None
         for pool, block in zip(reversed(list(self.pools)), reversed(list(self.blocks)), strict=True):
             h = pool(tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,6 +47,50 @@ class PoolAxis(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.unflatten(self.axis, (-1, self.factor)).mean(self.axis)
+
+
+class PadTokens(nn.Module):
+    """Repeats the last token, ``(B, N, D) -> (B, N + missing, D)``: a token without a drive would have no length, and
+    a layer norm of it no bound.
+
+    Args:
+        missing: how many times.
+    """
+
+    def __init__(self, missing: int) -> None:
+        super().__init__()
+        self.missing = missing
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.missing:
+            return x
+        return torch.cat([x, x[..., -1:, :].expand(*x.shape[:-2], self.missing, x.shape[-1])], -2)
+
+
+class PoolTokens(nn.Module):
+    """Averages tokens ``(B, N, D)`` over windows of ``factor``, each average as long as the tokens it stands for.
+
+    Tokens that differ cancel in their average, and the layer norm of a short token is steep: each average's centred
+    part is stretched to the root mean square of its tokens' centred parts, so that a coarse level reacts no more
+    strongly than a fine one.
+
+    Args:
+        factor: tokens in a window.
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.unflatten(-2, (-1, self.factor))
+        mean = windows.mean(-2)
+        middle = mean.mean(-1, keepdim=True)
+        centred = mean - middle
+        wanted = windows.var(-1, correction=0, keepdim=True).mean(-2)
+        # where tokens cancel altogether nothing is there to stretch
+        found = centred.square().mean(-1, keepdim=True).clamp_min(1e-6)
+        return middle + centred * (wanted / found).clamp_min(1e-12).sqrt()
 
 
 def padded_size(where: str, size: Sequence[int], multiple: int, pad: bool) -> tuple[int, int]:

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toreq.core import Coupling, Drive, Lateral, LayerNorm, Node
@@ -15,20 +14,9 @@ from toreq.estimators import Estimator
 from toreq.solvers import Solver
 from toreq.systems.looped_transformer import LoopedTransformer, TokenHead
 from toreq.systems.mstep.feedforward import MultiResolutionTokens
-from toreq.systems.mstep.parts import PoolAxis, pieces
+from toreq.systems.mstep.parts import PadTokens, PoolAxis, PoolTokens, pieces
 from toreq.systems.mstep.pyramid import Level, MultiScale, Springs, check_pyramid
 from toreq.systems.mstep.sharing import Derive
-
-
-class PadTokens(nn.Module):
-    """Appends zero tokens ``(B, N, D) -> (B, N + missing, D)``."""
-
-    def __init__(self, missing: int) -> None:
-        super().__init__()
-        self.missing = missing
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, self.missing)) if self.missing else x
 
 
 class MultiScaleSequence(MultiScale):
@@ -38,9 +26,10 @@ class MultiScaleSequence(MultiScale):
     .. math:: E = \sum_{l=1}^{L} E_{\mathrm{tokens}}(h^l; x^l) + \sum_{l<L}\frac{\lambda_l}2\|h^l -
               \uparrow h^{l+1}\|^2 + \sum_{l<L}\frac{\mu_l}2\|h^{l+1} - \downarrow h^l\|^2
 
-    The drive of level l + 1 averages the embedded tokens of level l in neighbouring pairs; :math:`\uparrow` copies a
-    token to its pair. Tokens that do not fill a window of the coarsest level are padded with zero drives. Springs and
-    their stability: as in :class:`MultiScaleConv`, with c = 2.
+    The drive of level l averages the embedded tokens in windows of :math:`2^{l-1}` and gives each average the length
+    of its tokens (:class:`~toreq.systems.mstep.parts.PoolTokens`); :math:`\uparrow` copies a token to its pair. To fill
+    the last window of the coarsest level the last token is repeated. Springs and their stability: as in
+    :class:`MultiScaleConv`, with c = 2.
 
     Args:
         input_shape: ``(C, H, W)``, or ``(N,)`` of symbol indices with ``vocabulary``.
@@ -105,15 +94,17 @@ class MultiScaleSequence(MultiScale):
             couplings = pieces(base)
             node = Node("tokens", node.shape, base.equilibrium.dynamics.activation("tokens"))
             if self.missing:
-                couplings = [_then(c, PadTokens(self.missing)) for c in couplings]
+                pad = PadTokens(self.missing)
+                couplings = [_then(c, pad, pad) for c in couplings]
             head = base.head
-        elif self.shared:
-            pooled = nn.Sequential(PadTokens(self.missing), PoolAxis(factor, -2))
-            derive = Derive(nn.Identity(), pooled, 1, adapt=True)
-            couplings = [derive(c, node.shape, node.shape) for c in pieces(base)]
         else:
-            pooled = nn.Sequential(PadTokens(self.missing), PoolAxis(factor, -2))
-            couplings = [_then(copy.deepcopy(c), pooled) for c in pieces(base)]
+            pad, average = PadTokens(self.missing), nn.Sequential(PadTokens(self.missing), PoolAxis(factor, -2))
+            pooled = nn.Sequential(pad, PoolTokens(factor))
+            if self.shared:
+                derive = Derive(nn.Identity(), pooled, 1, adapt=True, gate_pool=average)
+                couplings = [derive(c, node.shape, node.shape) for c in pieces(base)]
+            else:
+                couplings = [_then(copy.deepcopy(c), pooled, average) for c in pieces(base)]
         if (head is None and self.exits) or (factor == 1 and self.missing):
             head = TokenHead(node.shape[0], features, self.num_classes, pool)
         return Level([node], couplings, head)
@@ -135,10 +126,10 @@ class MultiScaleSequence(MultiScale):
         return MultiResolutionTokens(self.input_shape, self.num_classes, self.levels, self.shared, self.widths)
 
 
-def _then(coupling: Coupling, pool: nn.Module) -> Coupling:
-    """A coupling whose drive or gate is pooled."""
+def _then(coupling: Coupling, pool: nn.Module, gate_pool: nn.Module) -> Coupling:
+    """A coupling whose drive or gate is pooled; a gate is averaged, so that it stays in (0, 1)."""
     if isinstance(coupling, Drive):
         coupling.module = nn.Sequential(coupling.module, pool)
     elif isinstance(coupling, Lateral) and coupling.gate is not None:
-        coupling.gate = nn.Sequential(coupling.gate, pool)
+        coupling.gate = nn.Sequential(coupling.gate, gate_pool)
     return coupling

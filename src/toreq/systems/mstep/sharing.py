@@ -181,11 +181,20 @@ class Derive:
         factor: units of the finest level to one of this level, for dense layers.
         adapt: give the operators adapters.
         per_channel: axes behind the channel axis in a drive's scale and bias (2 for images).
+        gate_pool: as ``pool``, for gates, which must stay in (0, 1); ``pool`` when None.
     """
 
-    def __init__(self, prepare: nn.Module, pool: nn.Module, factor: int, adapt: bool, per_channel: int = 0) -> None:
+    def __init__(
+        self,
+        prepare: nn.Module,
+        pool: nn.Module,
+        factor: int,
+        adapt: bool,
+        per_channel: int = 0,
+        gate_pool: nn.Module | None = None,
+    ) -> None:
         self.prepare, self.pool, self.factor, self.adapt = prepare, pool, factor, adapt
-        self.per_channel = per_channel
+        self.per_channel, self.gate_pool = per_channel, pool if gate_pool is None else gate_pool
 
     def __call__(self, fine: Coupling, node_shape: Sequence[int], in_shape: Sequence[int]) -> Coupling:
         """The coupling on this level, its nodes still called as on the finest.
@@ -204,7 +213,7 @@ class Derive:
         if isinstance(fine, Bilinear):
             return Bilinear(self.operator(fine.op, in_shape), fine.pre, fine.post)
         if isinstance(fine, Lateral):
-            gate = None if fine.gate is None else SharedDrive(fine.gate, self.prepare, self.pool, None)
+            gate = None if fine.gate is None else SharedDrive(fine.gate, self.prepare, self.gate_pool, None)
             return Lateral(self.operator(fine.op, in_shape), fine.node, gate)
         if isinstance(fine, Attention):
             return SharedAttention(fine, fine.node, self.adapt)
