@@ -272,8 +272,8 @@ def _protocol() -> str:
     after the last step. Beside it: the accuracy of the majority class, on ListOps also that of the best guess from the
     first symbol, the accuracy with all couplings off, and the radius of the trained relaxation, with springs and of the
     levels alone. The comparison counts only where one level is {LEARNS:g} points above the better of these guesses: a
-    single scale that does not learn would be easily beaten. Not among the sides is the implicit gradient of the same network
-    (BP-eq), for its cost: M6 compares the two gradients directly.
+    single scale that does not learn would be easily beaten. Not among the sides is the implicit gradient of the same
+    network (BP-eq), for its cost: M6 compares the two gradients directly.
     """
 
 
