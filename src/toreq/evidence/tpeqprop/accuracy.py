@@ -51,7 +51,7 @@ class Task:
 TASKS = {
     "mnist": Task("mnist", "MNIST", 7, 3, 4, 90.0, 15.0),
     "fashion": Task("fashion_mnist", "Fashion-MNIST", 7, 3, 4, 90.0, 15.0),
-    "cifar": Task("cifar10", "CIFAR-10 (images JPEG-recompressed)", 4, 1, 3, 240.0, 20.0),
+    "cifar": Task("cifar10", "CIFAR-10 (images JPEG-recompressed)", 4, 1, 2, 180.0, 20.0),
 }
 QUICK_TRAIN, QUICK_TEST, QUICK_EPOCHS, QUICK_SECONDS, QUICK_TRIAL = 4000, 2000, 2, 4.0, 1.0
 
