@@ -46,7 +46,7 @@ def run(trial: Trial) -> Outcome:
     metrics: dict[str, Quantity] = {}
     total = 0
     for arch in trial.budget.pick(("dense",), ARCHITECTURES, ARCHITECTURES):
-        for suffix, size in SIZES.items():
+        for suffix, size in list(SIZES.items())[: trial.budget.pick(1, 2, 2)]:
             count, peak = _cost(trial.budget, trial.seed, trial.device, trial.side, arch, size)
             one_count, one_peak = _cost(trial.budget, trial.seed, trial.device, ONE, arch, size)
             metrics[f"{arch}{suffix}: parameters"] = Quantity(float(count), "")
@@ -66,7 +66,7 @@ def _cost(budget: Budget, seed: int, device: str, side: str, arch: str, size: in
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(batch, 1, size, size, generator=generator).to(device)
     y = torch.randint(10, (batch,), generator=generator).to(device)
-    fixed = fixed_steps(net, STEPS)
+    fixed = fixed_steps(net, budget.pick(1, STEPS, STEPS))
     for layer in equilibria(fixed):
         layer.warn = False  # the number of steps is fixed, settled or not
     training_step(fixed, x[:2], y[:2])  # what is made once is not charged to the measured step
