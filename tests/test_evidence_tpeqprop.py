@@ -111,7 +111,7 @@ def test_the_rule_is_backprop_on_a_chain_and_an_error_in_one_level_shows() -> No
     found = rule.of_errors(layer, phase)
     torch.manual_seed(0)
     twin = net.feedforward().double()  # pyright: ignore[reportCallIssue]
-    loss = torch.nn.functional.cross_entropy(twin(x), y)
+    loss = torch.nn.functional.cross_entropy(twin(x), y, reduction="sum")
     loss.backward()
     wanted = sorted(float(p.grad.norm()) for p in twin.parameters() if p.grad is not None)
     own = sorted(float(t.norm()) for t in found.values())
@@ -170,3 +170,16 @@ def test_a_state_is_all_levels_and_backprop_keeps_more_of_them() -> None:
 
 def test_the_exponent_is_the_slope_on_logarithms() -> None:
     assert phases.exponent([(1.0, 9.0), (4.0, 3.0), (8.0, 12.0)]) == pytest.approx(2.0)
+
+
+def test_examples_that_do_not_settle_are_found_and_the_others_do_without_them() -> None:
+    net = rule.network("mlp", _trial("mlp")).double()
+    x, y = _batch()
+    large = rule.with_estimator(net, rule.LARGE)
+    assert bool(rule.settled(large, x, y).all())
+    hasty = rule.with_estimator(net, replace(rule.LARGE, max_steps=2))
+    assert not bool(rule.settled(hasty, x, y).any())
+    # what an example does has nothing to do with the others of its batch
+    whole, part = rule.nudged(large, x, y), rule.nudged(large, x[:2], y[:2])
+    for name, t in part.eps.items():
+        torch.testing.assert_close(t, whole.eps[name][:2], rtol=1e-9, atol=1e-12)
