@@ -159,7 +159,7 @@ def _protocol() -> str:
     Branches of residual levels are divided by the root of their number, as shipped. A deep Hopfield network has no skip
     connections: symmetric couplings with a bounded norm are what EqProp can settle; its layers' slopes grow by {GAIN:g}
     from one to the next, but by no more than {MOST_GAIN:,.0f} over all, which would overflow. Test accuracy is that of
-    the last step on all test images; 2,000 of them are looked at four times in an epoch for the epochs to
+    the last step on all test images; 2,000 of them, drawn once, are looked at four times in an epoch for the epochs to
     {THRESHOLD:g}%. A depth diverges when a state, the loss or a gradient is no longer finite, and fails when it
     diverges or ends below
     {LEARNED:g}%. Shares are of the depths.
