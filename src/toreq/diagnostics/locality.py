@@ -190,10 +190,12 @@ def _accumulate(out: dict[int, Tensor], value: Tensor, parameters: list[nn.Param
 def _contrast(energy: Energy, x: Tensor, plus: Phase, minus: Phase, weight: Tensor) -> dict[int, Tensor]:
     """``sum_b w_b [dE(plus) - dE(minus)]``, coupling by coupling, each by autograd of its own value."""
     out: dict[int, Tensor] = {}
+    # a coupling may borrow another one's weight, which then sums what each sees of its own nodes
+    every = _parameters(energy)
     for _, c in energy.terms():
         bound = c.bind(x)
         value = (weight * (c.value(Blind(plus[1], c.nodes), bound) - c.value(Blind(minus[1], c.nodes), bound))).sum()
-        _accumulate(out, -value, _parameters(c))
+        _accumulate(out, -value, every)
     for n in energy.names:
         sigma = energy.activation(n)
         phi = sigma.potential(plus[0][n]) - sigma.potential(minus[0][n])
@@ -226,12 +228,13 @@ def _nonconservative(
 
     w, u = weighted(0), weighted(1)
     if isinstance(dynamics, Energy):
+        every = _parameters(dynamics)
         for _, term in dynamics.terms():
             assert isinstance(term, Coupling)
             field = term.field(Blind(free[1], term.nodes), term.bind(x))
             seen = Blind(u, term.nodes)
             total = torch.stack([(seen[n] * f).sum() for n, f in field.items()]).sum()
-            _accumulate(out, total, _parameters(term))
+            _accumulate(out, total, every)
     else:
         names = dynamics.names
         state = free[1][names[0]] if len(names) == 1 else free[1]
