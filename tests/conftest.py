@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 # Before torch is imported: two workers with two threads each would fight for two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from toreq.evidence.claim import Claim, Outcome
 
 # Shapes and types are checked in every call while the tests run; TOREQ_TYPECHECK=0 turns that off.
 if os.environ.get("TOREQ_TYPECHECK", "1") != "0":
@@ -48,3 +52,25 @@ def _no_outside_data(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     """Tests use bundled and generated data only, also on a machine that has the other sets."""
     monkeypatch.delenv("TOREQ_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Claim], dict[tuple[str, int], Outcome]]:
+    """Every side of a claim at the smoke budget, run once for all tests of this module."""
+    # imported here: most test files need none of it
+    from toreq.evidence.budgets import BUDGETS
+    from toreq.evidence.claim import Trial
+    from toreq.evidence.workers import perform
+
+    kept: dict[str, dict[tuple[str, int], Outcome]] = {}
+
+    def outcomes(one: Claim) -> dict[tuple[str, int], Outcome]:
+        if one.id not in kept:
+            kept[one.id] = {}
+            for side in one.sides:
+                tuned = {} if one.tuning is None else one.tuning.start.get(side, {})
+                trial = Trial(BUDGETS["smoke"], side, 0, "cpu", tmp_path_factory.mktemp("scratch"), tuned)
+                kept[one.id][side, 0] = perform(one.run, trial, 1)[0]
+        return kept[one.id]
+
+    return outcomes

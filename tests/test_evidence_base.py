@@ -16,28 +16,10 @@ from toreq.estimators import Implicit, OneSided
 from toreq.evidence import BUDGETS, Claim, Outcome, Trial, claim, claims, counting, judge
 from toreq.evidence.base import accuracy, memory, nets, nudges, settling
 from toreq.evidence.budgets import find
-from toreq.evidence.workers import perform
 from toreq.solvers import Fading, FixedPoint, Relaxation
 
 SMOKE = BUDGETS["smoke"]
 CLAIMS = pytest.mark.parametrize("one", claims(), ids=lambda c: c.id)
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Claim], dict[tuple[str, int], Outcome]]:
-    """Every side of a claim at the smoke budget, run once for all tests of this module."""
-    kept: dict[str, dict[tuple[str, int], Outcome]] = {}
-
-    def outcomes(one: Claim) -> dict[tuple[str, int], Outcome]:
-        if one.id not in kept:
-            kept[one.id] = {}
-            for side in one.sides:
-                tuned = {} if one.tuning is None else one.tuning.start.get(side, {})
-                trial = Trial(SMOKE, side, 0, "cpu", tmp_path_factory.mktemp("scratch"), tuned)
-                kept[one.id][side, 0] = perform(one.run, trial, 1)[0]
-        return kept[one.id]
-
-    return outcomes
 
 
 @CLAIMS

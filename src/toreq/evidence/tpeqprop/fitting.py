@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from toreq.data import Batches, Dataset
 from toreq.diagnostics.gradients import criterion
 from toreq.diagnostics.relaxation import predictions
-from toreq.errors import CheckpointError, DivergenceError
-from toreq.evidence import counting
+from toreq.errors import DivergenceError
+from toreq.evidence import counting, resuming
 from toreq.layer import equilibria
-from toreq.training import checkpoint, rng
+from toreq.training import rng
 from toreq.training.interrupt import Interrupted, StopRequest
 
 TIMED, WARMED = 3, 1
@@ -149,7 +149,7 @@ def fit(
                     _test(net.eval(), x, y, at, at.step / len(batches), watch)
                 stopping = stop.signal is not None
                 if folder is not None and (stopping or time.monotonic() - saved >= plan.save_every):
-                    _save(folder, identity, net, optimizer, at)
+                    resuming.save(folder, identity, net, optimizer, asdict(at))
                     saved = time.monotonic()
                 if stopping:
                     raise Interrupted(f"stopped at step {at.step} of {at.steps}; the same call goes on")
@@ -208,37 +208,12 @@ def _planned(net: nn.Module, batches: Batches, plan: Plan) -> int:
     return max(1, min(wanted, int(plan.seconds / max(per_step, 1e-9))))
 
 
-def _save(
-    folder: Path, identity: dict[str, Any], net: nn.Module, optimizer: torch.optim.Optimizer, at: Progress
-) -> None:
-    tensors, record = checkpoint.optimizer_tensors(optimizer)
-    checkpoint.save(
-        folder,
-        {
-            **checkpoint.prefixed("model", net.state_dict()),
-            **checkpoint.prefixed("optimizer", tensors),
-            **checkpoint.prefixed("rng", rng.capture(net)),
-        },
-        {"identity": identity, "optimizer": record, "progress": asdict(at)},
-    )
-
-
 def _resumed(
     folder: Path | None, identity: dict[str, Any], net: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Progress:
-    if folder is None or not (folder / checkpoint.STATE).exists():
+    values = resuming.restored(folder, "fit", identity, net, optimizer)
+    if values is None:
         return Progress()
-    where = f"fit: {folder}"
-    tensors, state = checkpoint.load(folder)
-    checkpoint.expect(state, ("identity", "optimizer", "progress"), where)
-    if state["identity"] != identity:
-        raise CheckpointError(
-            f"{where}: expected the training {identity}, got {state['identity']}; use another folder, or delete it"
-        )
-    checkpoint.restore_module(net, checkpoint.within("model", tensors), where)
-    checkpoint.restore_optimizer(optimizer, checkpoint.within("optimizer", tensors), state["optimizer"], where)
-    rng.restore(net, checkpoint.within("rng", tensors))
-    values = state["progress"]
     # JSON has no tuples
     curves = {name: [(float(x), float(y)) for x, y in values[name]] for name in ("curve", "marks")}
     at = Progress(**{**values, **curves})

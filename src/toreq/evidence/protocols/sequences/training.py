@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from toreq.data import Batches, SequenceTask
-from toreq.errors import CheckpointError, ConfigError, DivergenceError
-from toreq.evidence import counting
+from toreq.errors import ConfigError, DivergenceError
+from toreq.evidence import counting, resuming
 from toreq.evidence.protocols.sequences import scores
 from toreq.layer import equilibria
-from toreq.training import checkpoint, rng
 from toreq.training.interrupt import Interrupted, StopRequest
 
 
@@ -132,7 +131,7 @@ def train(
                     _test(model, task, recipe, at, device, watch)
                 stopping = stop.signal is not None
                 if folder is not None and (stopping or time.monotonic() - saved >= recipe.save_every):
-                    _save(folder, identity, model, optimizer, at)
+                    resuming.save(folder, identity, model, optimizer, asdict(at))
                     saved = time.monotonic()
                 if stopping:
                     raise Interrupted(
@@ -142,7 +141,7 @@ def train(
                 if at.step == recipe.steps:
                     break
     if folder is not None:
-        _save(folder, identity, model, optimizer, at)
+        resuming.save(folder, identity, model, optimizer, asdict(at))
     return at
 
 
@@ -200,37 +199,12 @@ def _test(
         watch(at)
 
 
-def _save(
-    folder: Path, identity: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, at: Progress
-) -> None:
-    tensors, record = checkpoint.optimizer_tensors(optimizer)
-    checkpoint.save(
-        folder,
-        {
-            **checkpoint.prefixed("model", model.state_dict()),
-            **checkpoint.prefixed("optimizer", tensors),
-            **checkpoint.prefixed("rng", rng.capture(model)),
-        },
-        {"identity": identity, "optimizer": record, "progress": asdict(at)},
-    )
-
-
 def _resumed(
     folder: Path | None, identity: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Progress:
-    if folder is None or not (folder / checkpoint.STATE).exists():
+    values = resuming.restored(folder, "sequences.train", identity, model, optimizer)
+    if values is None:
         return Progress()
-    where = f"sequences.train: {folder}"
-    tensors, state = checkpoint.load(folder)
-    checkpoint.expect(state, ("identity", "optimizer", "progress"), where)
-    if state["identity"] != identity:
-        raise CheckpointError(
-            f"{where}: expected the training {identity}, got {state['identity']}; use another folder, or delete it"
-        )
-    checkpoint.restore_module(model, checkpoint.within("model", tensors), where)
-    checkpoint.restore_optimizer(optimizer, checkpoint.within("optimizer", tensors), state["optimizer"], where)
-    rng.restore(model, checkpoint.within("rng", tensors))
-    values = state["progress"]
     # JSON has no tuples
     curves = {name: [(float(x), float(y)) for x, y in values[name]] for name in ("curve", "losses")}
     at = Progress(**{**values, **curves})
