@@ -103,6 +103,26 @@ def test_derivative_is_the_jacobian(sigma: Activation) -> None:
     torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)  # a Hessian is symmetric
 
 
+@EACH
+def test_increment_is_the_difference_of_two_activations(sigma: Activation) -> None:
+    origin, step = _points(), _points(seed=6, scale=1e-3)
+    h = sigma(origin)
+    found = sigma.increment(origin + step, origin, h)
+    torch.testing.assert_close(found, sigma(origin + step) - h, rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize("gain", [1.0, 4.0])
+def test_a_small_increment_of_tanh_keeps_its_digits_in_float32(gain: float) -> None:
+    """A coarse level responds with 1e-7 around small activations; the fast tanh is exact to 1e-7 of 1 only."""
+    sigma = Tanh(gain)
+    origin = _points((4, 50), 0.01).float()
+    a = origin + 1e-3 * _points((4, 50), 0.01, seed=7).float()
+    wanted = sigma(a.double()) - sigma(origin.double())
+    found = sigma.increment(a, origin, sigma(origin)).double()
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    assert float(((sigma(a) - sigma(origin)).double() - wanted).norm() / wanted.norm()) > 1e-4
+
+
 @pytest.mark.parametrize("name", ["identity", "tanh", "softmax", "layer_norm"])
 def test_analytic_activations_continue_the_real_ones(name: str) -> None:
     """On the real axis they agree, and the directional derivative into the imaginary axis is i times the real one."""

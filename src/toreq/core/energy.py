@@ -75,6 +75,11 @@ class Dynamics(nn.Module, ABC):
         r""":math:`h = \sigma(a)` for every node."""
         return {n: self.activation(n)(t, bindings[f"node_{n}"]) for n, t in a.items() if only is None or n in only}
 
+    def increment(self, a: State, origin: tuple[State, State], bindings: Bindings) -> State:
+        r""":math:`\sigma(a) - h_0` for every node, ``origin`` being :math:`(a_0, h_0 = \sigma(a_0))`."""
+        at, h = origin
+        return {n: self.activation(n).increment(t, at[n], h[n], bindings[f"node_{n}"]) for n, t in a.items()}
+
     def derivative(self, a: State, h: State, w: State, bindings: Bindings) -> State:
         r""":math:`\sigma'(a)\,w` for the nodes of ``w``."""
         return {n: self.activation(n).derivative(a[n], h[n], t, bindings[f"node_{n}"]) for n, t in w.items()}

@@ -39,6 +39,10 @@ class Activation(nn.Module, ABC):
     def derivative(self, a: Tensor, h: Tensor, w: Tensor, bound: Bound | None = None) -> Tensor:
         r""":math:`\sigma'(a)\,w` with ``h = sigma(a)`` given; symmetric in its action, since it is a Hessian."""
 
+    def increment(self, a: Tensor, origin: Tensor, h: Tensor, bound: Bound | None = None) -> Tensor:
+        r""":math:`\sigma(a) - \sigma(a_0)` with ``h = sigma(origin)`` given, where it matters without their rounding."""
+        return self(a, bound) - h
+
     def conjugate(self, a: Tensor, h: Tensor, bound: Bound | None = None) -> Tensor:
         r""":math:`\Phi^*(h) = \langle a, h\rangle - \Phi(a)` at ``h = sigma(a)``, per example ``(B,)``."""
         return (a * h).flatten(1).sum(1) - self.potential(a, bound)
@@ -80,6 +84,10 @@ class Tanh(Activation):
     def derivative(self, a: Tensor, h: Tensor, w: Tensor, bound: Bound | None = None) -> Tensor:
         w = w * (1 - h * h)
         return w if self.gain == 1 else self.gain * w
+
+    def increment(self, a: Tensor, origin: Tensor, h: Tensor, bound: Bound | None = None) -> Tensor:
+        # tanh(x) - tanh(y) = tanh(x - y) (1 - tanh(x) tanh(y)): the fast tanh is exact to the rounding of 1 only
+        return (self.gain * (a - origin)).tanh() * (1 - h * self(a))
 
 
 class HardSigmoid(Activation):

@@ -12,8 +12,8 @@ from torch import Tensor
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.state import (
     Bindings,
+    added,
     cast,
-    difference,
     halves,
     leaves,
     repeated,
@@ -52,9 +52,13 @@ class OneSided(Contrastive):
         force, extra = self.force(nudge, free.h, beta)
         problem = Relaxation(energy, free.bindings, force, extra, origin=(free.a, free.h))
         solution = self.relax(problem, (free.a, free.h), free, displacement_from(free.a), active, record)
+        # far from the read-out a response can be smaller than the rounding of an activation, which cancels in a centered
+        # difference but not in this one
+        moved = energy.increment(solution.state, (free.a, free.h), free.bindings)
+        solution = replace(solution, h=added(free.h, moved))
         weight = active / beta
         gradients = energy.contrast((solution.state, solution.h), (free.a, free.h), weight, free.contrasted())
-        response = relative_response(difference(solution.h, free.h), free.h)
+        response = relative_response(moved, free.h)
         statistics = replace(Statistics.of(solution), beta=beta, response=response)
         return Estimate(gradients, statistics, solution)
 
