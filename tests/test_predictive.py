@@ -17,7 +17,7 @@ from toreq.core.blocks import Branch, Given, Linear, Norm, Pointwise, SelfAttent
 from toreq.core.prediction import PredictionEnergy
 from toreq.core.residual import forward_order
 from toreq.errors import ConfigError, DivergenceError
-from toreq.estimators import Centered, Implicit, Predictive, Unrolled
+from toreq.estimators import Centered, Implicit, OneSided, Predictive, Unrolled
 from toreq.solvers import FixedPoint
 from toreq.solvers.forward import Forward
 from zoo import case
@@ -205,6 +205,36 @@ def test_errors_that_grow_on_their_way_down_stay_small() -> None:
     for n, p in layer.named_parameters():
         assert p.grad is not None
         assert float((found[n] - p.grad).norm() / p.grad.norm()) < 1e-4, n
+
+
+@pytest.mark.parametrize("kind", [OneSided, Centered])
+def test_a_nudged_chain_settles_in_error_coordinates(kind: type[OneSided | Centered]) -> None:
+    """Where a plain iteration of the whole energy does not contract; judged by its field."""
+    layer, x = _chain(8), _input()
+    v = _cotangent(layer, x)
+    layer.estimator = kind(beta=1e-3, tolerance=1e-12)
+    found = layer.solve_nudged(x, v)
+    assert bool(found.converged.all())
+    assert layer.last.nudged is not None
+    assert layer.last.nudged.beta is not None
+    signs = (-1, 1) if kind is Centered else (-1,)
+    force = torch.cat([s * layer.last.nudged.beta for s in signs])[:, None, None] * v.repeat(len(signs), 1, 1)
+    field = layer.dynamics.field(found.h, layer.dynamics.bind(x.repeat(len(signs), 1, 1)))
+    field["h8"] = field["h8"] + force
+    rest = layer.solve(x).h
+    for n, h in found.h.items():
+        moved = float((h[: len(x)] - rest[n]).norm())
+        assert moved > 1e-3
+        assert float((field[n] - h).detach().norm()) < 1e-9 * moved
+
+
+def test_a_ring_has_no_order_for_sweeps() -> None:
+    energy = PredictionEnergy([Residual(Stack(Linear(3, 3)), "a", source="a", inject=False)], {"a": (3,)})
+    bindings = energy.bind(torch.randn(2, 3))
+    with pytest.raises(ConfigError, match=r"expected a chain or tree.*relax it with a solver"):
+        energy.errors({"a": torch.zeros(2, 3)}, bindings, {})
+    with pytest.raises(ConfigError, match=r"expected a chain or tree.*relax it with a solver"):
+        energy.forward_from({"a": torch.zeros(2, 3)}, bindings)
 
 
 def test_states_move_only_where_the_tolerance_asks_for_it() -> None:

@@ -34,6 +34,8 @@ class Dynamics(nn.Module, ABC):
     """
 
     conservative: bool = False
+    response: float | None = None
+    """The relative response that suits contrasts of this network; None leaves it to the estimator."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         super().__init__()

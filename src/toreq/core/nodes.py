@@ -40,7 +40,7 @@ class Activation(nn.Module, ABC):
         r""":math:`\sigma'(a)\,w` with ``h = sigma(a)`` given; symmetric in its action, since it is a Hessian."""
 
     def increment(self, a: Tensor, origin: Tensor, h: Tensor, bound: Bound | None = None) -> Tensor:
-        r""":math:`\sigma(a) - \sigma(a_0)` with ``h = sigma(origin)`` given, where it matters without their rounding."""
+        r""":math:`\sigma(a) - \sigma(a_0)`, ``h = sigma(origin)`` given; small ones keep their digits."""
         return self(a, bound) - h
 
     def conjugate(self, a: Tensor, h: Tensor, bound: Bound | None = None) -> Tensor:

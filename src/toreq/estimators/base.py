@@ -150,7 +150,8 @@ class Contrastive(Estimator):
     r"""Estimators that compare nudged equilibria.
 
     Args:
-        beta: the nudge's size, above 0. With ``nudge="relative"`` (default) it is the aimed response
+        beta: the nudge's size, above 0; ``usual`` when None, or with ``nudge="relative"`` the network's own
+            ``response`` if it has one. With ``nudge="relative"`` (default) it is the aimed response
             :math:`\|h^+ - h^-\|/2\|h^0\|` of each example, and the nudge is scaled to give about that; with
             ``"absolute"``
             the force is :math:`\mp\beta v` with v as received (a mean-reduced loss puts 1/B into v); with ``"cost"``
@@ -162,7 +163,8 @@ class Contrastive(Estimator):
         max_halvings: how often; 0 keeps beta whatever the asymmetry.
     """
 
-    beta: float = 0.01
+    usual: ClassVar[float] = 0.01
+    beta: float | None = None
     nudge: NudgeMode = "relative"
     tolerance: float = 1e-3
     max_steps: int | None = None
@@ -179,7 +181,7 @@ class Contrastive(Estimator):
             where,
             "beta",
             self.beta,
-            0 < self.beta <= high,
+            self.beta is None or 0 < self.beta <= high,
             f"in (0, {high}] with nudge={self.nudge!r}",
             "try 0.01",
         )
@@ -201,16 +203,21 @@ class Contrastive(Estimator):
             )
         return Support(True)
 
+    def aim(self, dynamics: Dynamics) -> float:
+        """The relative response that is aimed at."""
+        return self.beta if self.beta is not None else dynamics.response or self.usual
+
     def betas(self, free: FreePhase, v: State) -> Tensor:
         """Beta of each example, ``(B,)``, always above 0."""
         first = next(iter(free.a.values()))
         if self.nudge != "relative":
-            return torch.full((first.shape[0],), self.beta, dtype=first.dtype, device=first.device)
+            size = self.usual if self.beta is None else self.beta
+            return torch.full((first.shape[0],), size, dtype=first.dtype, device=first.device)
         # the response to first order, before the couplings spread it
         direct = norm(free.dynamics.derivative(free.a, free.h, v, free.bindings))
         # where no unit can respond at once (all saturated) the cotangent itself sets the scale
         direct = torch.where(direct > 0, direct, norm(v))
-        beta = self.beta * norm(free.h) / direct
+        beta = self.aim(free.dynamics) * norm(free.h) / direct
         return torch.where(torch.isfinite(beta) & (beta > 0), beta, torch.ones_like(beta))
 
     @staticmethod

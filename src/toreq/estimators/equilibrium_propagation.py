@@ -42,7 +42,7 @@ class OneSided(Contrastive):
     """
 
     name: ClassVar[str] = "onesided"
-    beta: float = 1e-3
+    usual: ClassVar[float] = 1e-3
     tolerance: float = 1e-3
 
     def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
@@ -52,8 +52,8 @@ class OneSided(Contrastive):
         force, extra = self.force(nudge, free.h, beta)
         problem = Relaxation(energy, free.bindings, force, extra, origin=(free.a, free.h))
         solution = self.relax(problem, (free.a, free.h), free, displacement_from(free.a), active, record)
-        # far from the read-out a response can be smaller than the rounding of an activation, which cancels in a centered
-        # difference but not in this one
+        # far from the read-out a response can be smaller than the rounding of an activation, which a centered
+        # difference cancels and this one does not
         moved = energy.increment(solution.state, (free.a, free.h), free.bindings)
         solution = replace(solution, h=added(free.h, moved))
         weight = active / beta
@@ -104,7 +104,7 @@ class Holomorphic(Contrastive):
     """
 
     name: ClassVar[str] = "holomorphic"
-    beta: float = 0.02
+    usual: ClassVar[float] = 0.02
     tolerance: float = 1e-3
     points: int = 4
 
@@ -137,7 +137,7 @@ class Holomorphic(Contrastive):
                 False,
                 f"Holomorphic needs analytic activations, and {kinked} have kinks; use tanh or Centered",
             )
-        terms = [type(c).__name__ for _, c in dynamics.terms() if not c.analytic]
+        terms = sorted({type(c).__name__ for _, c in dynamics.terms() if not c.analytic})
         if terms:
             return Support(False, f"Holomorphic needs analytic couplings, and {terms} are not; use Centered")
         return Support(True)

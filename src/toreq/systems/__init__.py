@@ -6,6 +6,8 @@ from toreq.systems.looped_transformer import LoopedTransformer
 from toreq.systems.mstep import MultiScaleConv, MultiScaleDense, MultiScaleSequence
 from toreq.systems.registry import architectures, create, from_config, names, options
 from toreq.systems.toroidal_mlp import ToroidalMLP
+from toreq.systems.tpeqprop import TPEqProp
+from toreq.systems.tpeqprop_nets import PredictiveConv, PredictiveMLP, PredictiveResidual, PredictiveTransformer
 
 __all__ = [
     "ConvHopfield",
@@ -14,7 +16,12 @@ __all__ = [
     "MultiScaleConv",
     "MultiScaleDense",
     "MultiScaleSequence",
+    "PredictiveConv",
+    "PredictiveMLP",
+    "PredictiveResidual",
+    "PredictiveTransformer",
     "System",
+    "TPEqProp",
     "ToroidalMLP",
     "architectures",
     "create",

@@ -12,11 +12,15 @@ from toreq.estimators import Estimator
 from toreq.layer import equilibria
 from toreq.options import check_types
 from toreq.solvers import Solver
-from toreq.systems import mstep
+from toreq.systems import mstep, tpeqprop_nets
 from toreq.systems.base import System
 from toreq.systems.toreqprop import ARCHITECTURES
 
-_SYSTEMS: dict[str, dict[str, type[System]]] = {"toreqprop": ARCHITECTURES, "mstep": mstep.ARCHITECTURES}
+_SYSTEMS: dict[str, dict[str, type[System]]] = {
+    "toreqprop": ARCHITECTURES,
+    "mstep": mstep.ARCHITECTURES,
+    "tpeqprop": tpeqprop_nets.ARCHITECTURES,
+}
 """System name -> architecture -> class; the first architecture is the default."""
 
 SETTINGS = ("exact", "fast")

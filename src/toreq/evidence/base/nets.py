@@ -24,6 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "conv": {"channels": (4, 6)},
     "transformer": {"features": 8, "heads": 2, "hidden": 8, "patch": 14},
     "dense": {"hidden": (16,)},
+    "residual": {"width": 8, "levels": 3},
     "sequence": {"features": 8, "heads": 2, "hidden": 8, "patch": 14},
 }
 """Options of a smoke run by architecture."""
