@@ -318,6 +318,9 @@ def test_bad_input() -> None:
         Energy([node], [Lateral(Dense(3, 3, symmetric=True), "hiden")])
     with pytest.raises(ConfigError, match="identity on the predicted node"):
         Energy([node], [Residual(Block(3, g), "hidden", source="hidden", inject=False)])
+    clamped = Node("hidden", 3, Identity(0.5))  # h = f holds for the ordinary identity only
+    with pytest.raises(ConfigError, match=r"Identity of gain 0\.5"):
+        Energy([clamped], [Residual(Block(3, g), "hidden", source="hidden", inject=False)])
     undriven = Equilibrium(Energy([node], [Lateral(Dense(3, 3, symmetric=True), "hidden")]))
     with pytest.raises(ConfigError, match="add a Drive"):
         undriven(torch.zeros(2, 3))

@@ -36,9 +36,11 @@ from zoo import ALL, case, linear
 
 KINDS: dict[str, Activation] = {
     "identity": Identity(),
+    "clamped identity": Identity(0.2),
     "tanh": Tanh(),
     "steep": Tanh(16.0),
     "hard_sigmoid": HardSigmoid(),
+    "clamped hard_sigmoid": HardSigmoid(0.2),
     "relu": ReLU(),
     "steep relu": ReLU(16.0),
     "layer_norm": LayerNorm(6),

@@ -25,8 +25,11 @@ def _layer_norm(features: int = 5) -> LayerNorm:
 
 CASES = {
     "identity": Identity(),
+    "clamped identity": Identity(0.2),
     "tanh": Tanh(),
+    "steep tanh": Tanh(3.0),
     "hard_sigmoid": HardSigmoid(),
+    "clamped hard_sigmoid": HardSigmoid(0.2),
     "relu": ReLU(),
     "steep relu": ReLU(16.0),
     "softmax": Softmax(),
@@ -123,7 +126,72 @@ def test_a_small_increment_of_tanh_keeps_its_digits_in_float32(gain: float) -> N
     assert float(((sigma(a) - sigma(origin)).double() - wanted).norm() / wanted.norm()) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["identity", "tanh", "softmax", "layer_norm"])
+SAMPLED = [name for name, sigma in CASES.items() if sigma.samples]
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_log_slope_is_the_log_determinant_of_the_jacobian(name: str) -> None:
+    sigma, a = CASES[name], _points((4, 2, 3), 0.3).requires_grad_()
+    jacobian = torch.autograd.functional.jacobian(lambda one: sigma(one[None])[0], a[0].detach())
+    found = sigma.log_slope(a, sigma(a))
+    assert found.shape == (4,)
+    torch.testing.assert_close(found[0], torch.linalg.slogdet(jacobian.view(6, 6)).logabsdet, rtol=1e-12, atol=1e-12)
+    (wanted,) = torch.autograd.grad(found.sum() + 0 * a.sum(), a)
+    torch.testing.assert_close(sigma.log_slope_gradient(a, sigma(a)), wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_log_slope_of_a_saturated_unit_is_finite() -> None:
+    a = torch.tensor([[60.0]])
+    torch.testing.assert_close(Tanh().log_slope(a, Tanh()(a)), torch.tensor([-120.0 + 2 * math.log(2)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("hard_sigmoid", "flat outside"),
+        ("relu", "flat below 0"),
+        ("softmax", "adding a constant"),
+        ("layer_norm", "adding a constant"),
+    ],
+)
+def test_activations_that_cannot_be_sampled_say_why(name: str, reason: str) -> None:
+    sigma, a = CASES[name], _points((2, 5))
+    assert set(SAMPLED) == {"identity", "clamped identity", "tanh", "steep tanh"}
+    assert reason in sigma.unsampled
+    with pytest.raises(ConfigError, match=reason):
+        sigma.log_slope(a, sigma(a))
+    with pytest.raises(ConfigError, match=reason):
+        sigma.log_slope_gradient(a, sigma(a))
+
+
+@pytest.mark.parametrize("kappa", [0.5, 4.0])
+def test_a_gain_below_one_and_a_drive_are_a_soft_clamp(kappa: float) -> None:
+    """The node's energy is that of the ordinary identity beside a spring to the input, up to a constant."""
+    x, field = _points((3, 4)), 0.3 * _points((3, 4), seed=8)
+    for kind, low, high in ((Identity, -math.inf, math.inf), (HardSigmoid, 0.0, 1.0)):
+        sigma = kind(1 / (1 + kappa))
+        a = field + kappa * x
+        h = sigma(a)
+        torch.testing.assert_close(h, ((field + kappa * x) / (1 + kappa)).clamp(low, high), rtol=1e-12, atol=1e-12)
+        own = sigma.conjugate(a, h) - kappa * (h * x).sum(1)
+        clamp = 0.5 * (h * h).sum(1) + 0.5 * kappa * (h - x).square().sum(1)
+        if kind is Identity:
+            torch.testing.assert_close(own, clamp - 0.5 * kappa * (x * x).sum(1), rtol=1e-12, atol=1e-12)
+        # on [0, 1] the relaxed state is the minimum of the clamped energy under this field
+        for other in (h + 0.01, h - 0.01):
+            near = other.clamp(low, high)
+            value = 0.5 * (near * near).sum(1) + 0.5 * kappa * (near - x).square().sum(1) - (field * near).sum(1)
+            assert bool((value >= clamp - (field * h).sum(1) - 1e-12).all())
+
+
+@pytest.mark.parametrize("kind", [Identity, Tanh, HardSigmoid, ReLU])
+@pytest.mark.parametrize("gain", [0.0, -1.0, math.nan, math.inf])
+def test_a_gain_must_be_positive(kind: type, gain: float) -> None:
+    with pytest.raises(ConfigError, match="gain > 0"):
+        kind(gain)
+
+
+@pytest.mark.parametrize("name", ["identity", "clamped identity", "tanh", "softmax", "layer_norm"])
 def test_analytic_activations_continue_the_real_ones(name: str) -> None:
     """On the real axis they agree, and the directional derivative into the imaginary axis is i times the real one."""
     sigma = CASES[name]

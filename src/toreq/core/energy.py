@@ -225,12 +225,13 @@ class Energy(Dynamics):
                     )
         for c in couplings:
             check_operator(c, self.shapes)
-        for c in couplings:
-            if isinstance(c, Residual) and not isinstance(self.activation(c.node), Identity):
-                raise ConfigError(
-                    f"Energy: expected the identity on the predicted node {c.node!r}, got "
-                    f"{type(self.activation(c.node)).__name__}; put the nonlinearity into the block"
-                )
+            if isinstance(c, Residual):
+                own = self.activation(c.node)
+                if not isinstance(own, Identity) or own.gain != 1:
+                    found = (
+                        f"{type(own).__name__} of gain {getattr(own, 'gain', 1)}; put the nonlinearity into the block"
+                    )
+                    raise ConfigError(f"Energy: expected the identity on the predicted node {c.node!r}, got {found}")
         self.couplings = nn.ModuleList(couplings)
         self.muted = False
 

@@ -20,7 +20,8 @@ NEWTON_STEPS = 12
 
 
 def _identity(f: Activation, z: Tensor, s: Tensor, bound: Bound | None) -> Tensor:
-    return z / (1 + s)
+    assert isinstance(f, Identity)
+    return z / (1 + s * f.gain)
 
 
 def _relu(f: Activation, z: Tensor, s: Tensor, bound: Bound | None) -> Tensor:
@@ -29,8 +30,9 @@ def _relu(f: Activation, z: Tensor, s: Tensor, bound: Bound | None) -> Tensor:
 
 
 def _hard_sigmoid(f: Activation, z: Tensor, s: Tensor, bound: Bound | None) -> Tensor:
+    assert isinstance(f, HardSigmoid)
     # three straight pieces: below 0, on the slope, and beyond 1 where the pull is s
-    return torch.maximum(torch.minimum(z, z / (1 + s)), z - s)
+    return torch.maximum(torch.minimum(z, z / (1 + s * f.gain)), z - s)
 
 
 def _tanh(f: Activation, z: Tensor, s: Tensor, bound: Bound | None) -> Tensor:

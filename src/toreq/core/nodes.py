@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,16 @@ class Activation(nn.Module, ABC):
     r"""An activation :math:`\sigma = \nabla\Phi` with :math:`\Phi` convex.
 
     ``analytic`` activations accept complex states (needed by the holomorphic estimator); ``smooth`` ones have a
-    continuous derivative, so that a centered contrast has an error of second order in beta.
+    continuous derivative, so that a centered contrast has an error of second order in beta. Those with ``samples`` are
+    one to one, unit by unit, and have :meth:`log_slope` and its gradient: a law of the activations can be sampled in
+    their pre-activations.
     """
 
     analytic: bool = True
     smooth: bool = True
+    samples: bool = False
+    unsampled: str = "it does not give log_slope and log_slope_gradient"
+    """Why the activation cannot be sampled, where it cannot."""
 
     def bind(self) -> Bound:
         """The activation's own tensors, none unless it has parameters."""
@@ -47,18 +53,55 @@ class Activation(nn.Module, ABC):
         r""":math:`\Phi^*(h) = \langle a, h\rangle - \Phi(a)` at ``h = sigma(a)``, per example ``(B,)``."""
         return (a * h).flatten(1).sum(1) - self.potential(a, bound)
 
+    def log_slope(self, a: Tensor, h: Tensor) -> Tensor:
+        r""":math:`\log\det\sigma'(a)` per example, ``(B,)``: how a volume of a measures as a volume of h."""
+        raise self._refusal()
+
+    def log_slope_gradient(self, a: Tensor, h: Tensor) -> Tensor:
+        r""":math:`\nabla_a\log\det\sigma'(a)`, ``(B, ...)``, with ``h = sigma(a)`` given."""
+        raise self._refusal()
+
+    def _refusal(self) -> ConfigError:
+        where = type(self).__name__
+        return ConfigError(f"{where}: expected an activation that can be sampled, got {where}; {self.unsampled}")
+
 
 class Identity(Activation):
-    r""":math:`\sigma(a) = a`, :math:`\Phi(a) = \|a\|^2/2`."""
+    r""":math:`\sigma(a) = g a`, :math:`\Phi(a) = \tfrac g2\|a\|^2`, and so the node's own energy
+    :math:`\Phi^*(h) = \tfrac1{2g}\|h\|^2`.
+
+    With :math:`g = 1/(1 + \kappa)` and a :class:`~toreq.core.Drive` :math:`\kappa x` it is a visible node under a soft
+    clamp of strength kappa: :math:`h = (f + \kappa x)/(1 + \kappa)`, that is
+    :math:`E = \tfrac{1+\kappa}2\|h\|^2 - \kappa\langle h, x\rangle - K = \tfrac12\|h\|^2 +
+    \tfrac\kappa2\|h - x\|^2 - K + \mathrm{const}`.
+
+    Args:
+        gain: slope g, above 0; 1 is the ordinary identity.
+    """
+
+    samples = True
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.gain = _checked_gain("Identity", gain, "the identity")
 
     def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
-        return a
+        return a if self.gain == 1 else self.gain * a
 
     def potential(self, a: Tensor, bound: Bound | None = None) -> Tensor:
-        return 0.5 * (a * a).flatten(1).sum(1)
+        return 0.5 * self.gain * (a * a).flatten(1).sum(1)
 
     def derivative(self, a: Tensor, h: Tensor, w: Tensor, bound: Bound | None = None) -> Tensor:
-        return w
+        return w if self.gain == 1 else self.gain * w
+
+    def increment(self, a: Tensor, origin: Tensor, h: Tensor, bound: Bound | None = None) -> Tensor:
+        return self(a - origin)
+
+    def log_slope(self, a: Tensor, h: Tensor) -> Tensor:
+        return a.new_full((a.shape[0],), math.log(self.gain) * math.prod(a.shape[1:]))
+
+    def log_slope_gradient(self, a: Tensor, h: Tensor) -> Tensor:
+        return torch.zeros_like(a)
 
 
 class Tanh(Activation):
@@ -69,11 +112,11 @@ class Tanh(Activation):
             the way down at the same radius of the relaxation.
     """
 
+    samples = True
+
     def __init__(self, gain: float = 1.0) -> None:
         super().__init__()
-        if not gain > 0:
-            raise ConfigError(f"Tanh: expected gain > 0, got {gain}; 1 is the ordinary tanh")
-        self.gain = gain
+        self.gain = _checked_gain("Tanh", gain, "the ordinary tanh")
 
     def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
         return tanh(a, self.gain)
@@ -89,25 +132,45 @@ class Tanh(Activation):
         # tanh(x) - tanh(y) = tanh(x - y) (1 - tanh(x) tanh(y)): the fast tanh is exact to the rounding of 1 only
         return (self.gain * (a - origin)).tanh() * (1 - h * self(a))
 
+    def log_slope(self, a: Tensor, h: Tensor) -> Tensor:
+        # not by way of 1 - h^2, which rounds to 0 in the tails
+        steepest = math.log(self.gain) * math.prod(a.shape[1:])
+        return steepest - 2 * log_cosh(self.gain * a).flatten(1).sum(1)
+
+    def log_slope_gradient(self, a: Tensor, h: Tensor) -> Tensor:
+        return (-2 * self.gain) * h
+
 
 class HardSigmoid(Activation):
-    r""":math:`\sigma(a) = \mathrm{clip}(a, 0, 1)`, the rate of Scellier and Bengio (2017).
+    r""":math:`\sigma(a) = \mathrm{clip}(g a, 0, 1)`, with g = 1 the rate of Scellier and Bengio (2017).
 
-    :math:`\Phi(a) = 0` below 0, :math:`a^2/2` in [0, 1], :math:`a - 1/2` above.
+    :math:`\Phi(a) = 0` below 0, :math:`g a^2/2` in [0, 1/g], :math:`a - 1/2g` above. With :math:`g = 1/(1 + \kappa)`
+    and a :class:`~toreq.core.Drive` :math:`\kappa x` it is a visible node in [0, 1] under a soft clamp of strength
+    kappa: :math:`h = \mathrm{clip}((f + \kappa x)/(1 + \kappa), 0, 1)`, that is
+    :math:`E = \tfrac{1+\kappa}2\|h\|^2 - \kappa\langle h, x\rangle - K` on [0, 1], as for :class:`Identity`.
+
+    Args:
+        gain: slope g, above 0.
     """
 
     analytic = False
     smooth = False
+    unsampled = "it is flat outside [0, 1], so that exp(-E) cannot be normalised over its pre-activations"
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.gain = _checked_gain("HardSigmoid", gain, "the ordinary hard sigmoid")
 
     def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
-        return a.clamp(0, 1)
+        return (a if self.gain == 1 else self.gain * a).clamp(0, 1)
 
     def potential(self, a: Tensor, bound: Bound | None = None) -> Tensor:
-        h = a.clamp(0, 1)
-        return (h * (a - 0.5 * h)).flatten(1).sum(1)
+        h = self(a)
+        return (h * (a - (0.5 / self.gain) * h)).flatten(1).sum(1)
 
     def derivative(self, a: Tensor, h: Tensor, w: Tensor, bound: Bound | None = None) -> Tensor:
-        return torch.where((a > 0) & (a < 1), w, torch.zeros_like(w))
+        inside = (a > 0) & (self.gain * a < 1)
+        return torch.where(inside, w if self.gain == 1 else self.gain * w, torch.zeros_like(w))
 
 
 class ReLU(Activation):
@@ -119,12 +182,11 @@ class ReLU(Activation):
 
     analytic = False
     smooth = False
+    unsampled = "it is flat below 0, so that exp(-E) cannot be normalised over its pre-activations"
 
     def __init__(self, gain: float = 1.0) -> None:
         super().__init__()
-        if not gain > 0:
-            raise ConfigError(f"ReLU: expected gain > 0, got {gain}; 1 is the ordinary relu")
-        self.gain = gain
+        self.gain = _checked_gain("ReLU", gain, "the ordinary relu")
 
     def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
         return a.relu() if self.gain == 1 else (self.gain * a).relu_()
@@ -138,6 +200,8 @@ class ReLU(Activation):
 
 class Softmax(Activation):
     r""":math:`\sigma(a) = \mathrm{softmax}(a)` over the last axis, :math:`\Phi(a) = \sum\log\sum\exp a`."""
+
+    unsampled = "adding a constant to its pre-activations changes nothing: exp(-E) cannot be normalised over them"
 
     def forward(self, a: Tensor, bound: Bound | None = None) -> Tensor:
         return softmax(a)
@@ -163,6 +227,8 @@ class LayerNorm(Activation):
         learnable: whether gain and bias are parameters.
         eps: added to the variance.
     """
+
+    unsampled = "adding a constant to its pre-activations changes nothing: exp(-E) cannot be normalised over them"
 
     def __init__(self, features: int, learnable: bool = True, eps: float = 1e-5) -> None:
         super().__init__()
@@ -228,6 +294,12 @@ class Node:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "activation", activation)
+
+
+def _checked_gain(where: str, gain: float, ordinary: str) -> float:
+    if not 0 < gain < math.inf:
+        raise ConfigError(f"{where}: expected gain > 0, got {gain}; 1 is {ordinary}")
+    return gain
 
 
 def tanh(a: Tensor, gain: float = 1.0) -> Tensor:
