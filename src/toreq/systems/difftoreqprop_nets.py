@@ -1,0 +1,168 @@
+"""DiffTorEqProp with dense and with convolutional layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from toreq.core import Conv, Dense
+from toreq.core.operators import Operator
+from toreq.errors import ConfigError
+from toreq.estimators import Estimator
+from toreq.solvers import Solver
+from toreq.systems.base import System
+from toreq.systems.difftoreqprop import DiffTorEqProp
+
+
+class DiffMLP(DiffTorEqProp):
+    """Dense hidden layers above the visible node; see :class:`~toreq.systems.difftoreqprop.DiffTorEqProp`.
+
+    Args:
+        input_shape: shape of one example.
+        num_classes: number of classes.
+        solver, estimator: override the shipped ones.
+        hidden: widths of the hidden layers.
+        clamp: strength of the pull of the input on the visible node, above 0.
+        visible: ``"identity"``, or ``"hard_sigmoid"`` to stay in [0, 1].
+        noise: initial deviation of the learned noise on the clamp in training, in units of the input; None for none.
+        denoising: weight of the denoising cost in training; 0 for a classifier only.
+        span: smallest and largest deviation of the noise that is to be removed.
+        lift: slope of the first hidden layer over that of the visible node.
+        gain: ratio of one hidden layer's slope to that of the layer below.
+        coupling_scale: the initial couplings' deviation is this over the square root of fan-in.
+        norm_bound: bound on the norm of all couplings together, which bounds the relaxation's radius; None: free.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        solver: Solver | None = None,
+        estimator: Estimator | None = None,
+        *,
+        hidden: Sequence[int] = (512,),
+        clamp: float = 1.0,
+        visible: str = "identity",
+        noise: float | None = None,
+        denoising: float = 0.0,
+        span: tuple[float, float] = (0.02, 2.0),
+        lift: float = 16.0,
+        gain: float = 16.0,
+        coupling_scale: float = 0.5,
+        norm_bound: float | None = 0.8,
+    ) -> None:
+        super().__init__(input_shape, num_classes)
+        self.hidden = tuple(hidden)
+        if not self.hidden or any(w < 1 for w in self.hidden):
+            raise ConfigError(f"DiffMLP: expected positive widths, got hidden={self.hidden}; e.g. (512,)")
+        self.build(
+            solver,
+            estimator,
+            clamp=clamp,
+            visible=visible,
+            noise=noise,
+            denoising=denoising,
+            span=span,
+            lift=lift,
+            gain=gain,
+            coupling_scale=coupling_scale,
+            norm_bound=norm_bound,
+        )
+
+    def operators(self, scale: float) -> list[Operator]:
+        shapes = [self.input_shape, *((w,) for w in self.hidden)]
+        return [Dense(a, b, scale=scale / math.sqrt(math.prod(a))) for a, b in pairwise(shapes)]
+
+    def feedforward(self) -> nn.Module:
+        """The same widths, feed-forward, with tanh."""
+        sizes = [math.prod(self.input_shape), *self.hidden]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for a, b in pairwise(sizes):
+            layers += [nn.Linear(a, b), nn.Tanh()]
+        return nn.Sequential(*layers, nn.Linear(sizes[-1], self.num_classes))
+
+
+class DiffConv(DiffTorEqProp):
+    """Convolutional hidden layers above the visible node; see :class:`~toreq.systems.difftoreqprop.DiffTorEqProp`.
+
+    Args:
+        input_shape: ``(C, H, W)``.
+        num_classes: number of classes.
+        solver, estimator: override the shipped ones.
+        channels: filters of each hidden layer.
+        kernel: side of every kernel.
+        stride: stride of every convolution.
+        padding: zero padding of every convolution.
+        clamp, visible, noise, denoising, span, lift, gain, coupling_scale, norm_bound: as for :class:`DiffMLP`.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        solver: Solver | None = None,
+        estimator: Estimator | None = None,
+        *,
+        channels: Sequence[int] = (32, 64),
+        kernel: int = 5,
+        stride: int = 2,
+        padding: int = 2,
+        clamp: float = 1.0,
+        visible: str = "identity",
+        noise: float | None = None,
+        denoising: float = 0.0,
+        span: tuple[float, float] = (0.02, 2.0),
+        lift: float = 16.0,
+        gain: float = 16.0,
+        coupling_scale: float = 0.5,
+        norm_bound: float | None = 0.8,
+    ) -> None:
+        super().__init__(input_shape, num_classes)
+        if len(self.input_shape) != 3:
+            raise ConfigError(f"DiffConv: expected input_shape (C, H, W), got {self.input_shape}; use arch='mlp'")
+        if not channels or any(c < 1 for c in channels) or kernel < 1 or stride < 1:
+            raise ConfigError(
+                f"DiffConv: expected positive channels, kernel and stride, got {tuple(channels)}, {kernel}, {stride}; "
+                "e.g. channels=(32, 64), kernel=5, stride=2"
+            )
+        self.channels, self.geometry = tuple(channels), (kernel, stride, padding)
+        self.build(
+            solver,
+            estimator,
+            clamp=clamp,
+            visible=visible,
+            noise=noise,
+            denoising=denoising,
+            span=span,
+            lift=lift,
+            gain=gain,
+            coupling_scale=coupling_scale,
+            norm_bound=norm_bound,
+        )
+        # in which both directions of a convolution are faster
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def operators(self, scale: float) -> list[Operator]:
+        ops: list[Operator] = []
+        shape, kernel = self.input_shape, self.geometry[0]
+        for c in self.channels:
+            ops.append(Conv(shape, c, *self.geometry, scale=scale / math.sqrt(shape[0] * kernel * kernel)))
+            shape = ops[-1].out_shape
+        return ops
+
+    def feedforward(self) -> nn.Module:
+        """The same convolutions, feed-forward, with tanh."""
+        layers: list[nn.Module] = []
+        shape = self.input_shape
+        for c in self.channels:
+            layers += [nn.Conv2d(shape[0], c, *self.geometry), nn.Tanh()]
+            shape = Conv(shape, c, *self.geometry).out_shape
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(math.prod(shape), self.num_classes))
+
+
+ARCHITECTURES: dict[str, type[System]] = {"mlp": DiffMLP, "conv": DiffConv}
+"""``arch=`` of ``create("difftoreqprop", ...)``; the first is the default."""
