@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from toreq.layer import Equilibrium
 from toreq.solvers import Anderson, Solver
 from toreq.systems.base import System, chain_bounds
 from toreq.systems.difftoreqprop_parts import Clamp, LabelClamp, Offset, Seen, drawn_like, own_generator
+from toreq.systems.difftoreqprop_sampling import Anneal, Conveyor, Known, stream
 
 VISIBLE: dict[str, Callable[[float], Activation]] = {"identity": Identity, "hard_sigmoid": HardSigmoid}
 """Activations of the visible node: one that can be sampled, and one that stays in [0, 1]."""
@@ -110,7 +111,9 @@ class DiffTorEqProp(System):
         if not denoising >= 0:
             raise ConfigError(f"{where}: expected denoising >= 0, got {denoising}; 0 turns it off")
         if len(span) != 2 or not 0 < span[0] < span[1]:
-            raise ConfigError(f"{where}: expected span (low, high) with 0 < low < high, got {tuple(span)}; try (0.02, 2)")
+            raise ConfigError(
+                f"{where}: expected span (low, high) with 0 < low < high, got {tuple(span)}; try (0.02, 2)"
+            )
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_clean": None}
@@ -170,3 +173,68 @@ class DiffTorEqProp(System):
         found = layer.free_phase(bindings)
         clamp = next(c.module for _, c in dynamics.terms() if isinstance(c, Drive) and isinstance(c.module, Clamp))
         return dynamics(found.state, bindings) + 0.5 * clamp.strength * seen.x.square().flatten(1).sum(1)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        count: int,
+        *,
+        anneal: Anneal | None = None,
+        labels: Tensor | None = None,
+        known: Known | None = None,
+        batch: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Inputs drawn by annealed Langevin dynamics, ``(count, *input_shape)``, not clipped.
+
+        Args:
+            count: how many, at least 1.
+            anneal: noise levels; those of ``span`` when None.
+            labels: classes ``(count,)``, -1 for any; None for any.
+            known: what is given of every input.
+            batch: chains in each slot of the ring; all slots are denoised together.
+            generator: of all noise; the system's own when None.
+
+        Raises:
+            ConfigError: for a system that was not built to denoise, or labels of another length.
+        """
+        if self.denoising == 0:
+            raise ConfigError(
+                "DiffTorEqProp.sample: expected a system built with denoising > 0, got a classifier only; create and "
+                "train it with denoising=1"
+            )
+        if count < 1 or (labels is not None and labels.shape != (count,)):
+            raise ConfigError(
+                f"DiffTorEqProp.sample: expected count >= 1 and labels (count,), got {count} and "
+                f"{None if labels is None else tuple(labels.shape)}; give one class for each"
+            )
+        low, high = self.span
+        first = next(self.parameters())
+        batch = min(batch, count)
+        number = -(-count // batch)
+        classes = None
+        if labels is not None:
+            # the ring loads further batches while the last ones finish: of any class
+            padded = torch.cat([labels, labels.new_full((number * batch - count,), -1)]).split(batch)
+            rest = labels.new_full((batch,), -1)
+
+            def classes(i: int) -> Tensor:
+                return padded[i] if i < number else rest
+
+        ring = Conveyor(
+            lambda x, level, given: self.denoise(Seen(x, level, given)),
+            self.input_shape,
+            batch,
+            Anneal(high=high, low=low) if anneal is None else anneal,
+            self.generator if generator is None else generator,
+            first.device,
+            first.dtype,
+            classes,
+            known,
+        )
+        training = self.training
+        self.eval()  # no noise on the clamp but the chain's own
+        try:
+            return torch.cat(list(islice(stream(ring), number)))[:count]
+        finally:
+            self.train(training)
