@@ -212,15 +212,6 @@ class DiffTorEqProp(System):
         first = next(self.parameters())
         batch = min(batch, count)
         number = -(-count // batch)
-        classes = None
-        if labels is not None:
-            # the ring loads further batches while the last ones finish: of any class
-            padded = torch.cat([labels, labels.new_full((number * batch - count,), -1)]).split(batch)
-            rest = labels.new_full((batch,), -1)
-
-            def classes(i: int) -> Tensor:
-                return padded[i] if i < number else rest
-
         ring = Conveyor(
             lambda x, level, given: self.denoise(Seen(x, level, given)),
             self.input_shape,
@@ -229,7 +220,7 @@ class DiffTorEqProp(System):
             self.generator if generator is None else generator,
             first.device,
             first.dtype,
-            classes,
+            None if labels is None else _batches(labels, batch),
             known,
         )
         training = self.training
@@ -238,3 +229,10 @@ class DiffTorEqProp(System):
             return torch.cat(list(islice(stream(ring), number)))[:count]
         finally:
             self.train(training)
+
+
+def _batches(labels: Tensor, batch: int) -> Callable[[int], Tensor]:
+    """The classes of each batch; of any class beyond, where the ring loads batches that nobody waits for."""
+    parts = torch.cat([labels, labels.new_full((-len(labels) % batch,), -1)]).split(batch)
+    rest = labels.new_full((batch,), -1)
+    return lambda i: parts[i] if i < len(parts) else rest
