@@ -1,5 +1,6 @@
-"""Circular memory of past states."""
+"""Circular memory: the ring of past states, and the torus for inputs that change in time."""
 
 from toreq.memory.ring import Ring
+from toreq.memory.torus import MemoryState, TorusMemory
 
-__all__ = ["Ring"]
+__all__ = ["MemoryState", "Ring", "TorusMemory"]
