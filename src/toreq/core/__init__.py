@@ -19,10 +19,12 @@ from toreq.core.norm_control import NormControl, control_norm
 from toreq.core.operators import Circulant, Dense, IdentityOperator, Operator, Resample
 from toreq.core.resampling import Adjoint, Replicate
 from toreq.core.residual import Residual
+from toreq.core.ssm import SSM
 from toreq.core.state import Bindings, Bound, State
 from toreq.core.vector_field import VectorField
 
 __all__ = [
+    "SSM",
     "Activation",
     "Adjoint",
     "Attention",

@@ -267,12 +267,18 @@ class Potential(Coupling):
 
     def bind(self, x: Tensor) -> Bound:
         bound = _op_bound(self.op, x, self.drive)
+        bound.batched.update(self.op.inputs(x))
         if self.bias is not None:
             bound.shared["bias"] = self.bias
         return bound
 
+    @staticmethod
+    def _tensors(bound: Bound) -> dict[str, Tensor]:
+        """What the operator is to be called with."""
+        return {**bound.shared, **bound.batched} if bound.batched else bound.shared
+
     def _z(self, h: Tensor, bound: Bound) -> Tensor:
-        z = self.op(h, bound.shared)
+        z = self.op(h, self._tensors(bound))
         if self.bias is not None:
             z = z + bound["bias"]
         return z if self.drive is None else z + bound["drive"]
@@ -281,23 +287,20 @@ class Potential(Coupling):
         return PHI[self.phi][0](self._z(h[self.node], bound)).flatten(1).sum(1)
 
     def field(self, h: State, bound: Bound) -> State:
-        return {self.node: self.op.adjoint(PHI[self.phi][1](self._z(h[self.node], bound)), bound.shared)}
+        return {self.node: self.op.adjoint(PHI[self.phi][1](self._z(h[self.node], bound)), self._tensors(bound))}
 
     def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
         u = torch.cat([plus[self.node], minus[self.node]])
         size = weight.shape[0]
-        z = self.op(u, bound.shared)
-        if self.bias is not None:
-            z = z + bound["bias"]
-        if self.drive is not None:
-            z = z + torch.cat([bound["drive"]] * 2)
-        p = PHI[self.phi][1](z)
+        both = bound.map(lambda t: t, lambda t: torch.cat([t] * 2))
+        p = PHI[self.phi][1](self._z(u, both))
         dp = p[:size] - p[size:]
         mp = torch.lerp(p[:size], p[size:], 0.5)
         dp, mp = dp * per_example(weight, dp), mp * per_example(weight, mp)
         du, mu = u[:size] - u[size:], torch.lerp(u[:size], u[size:], 0.5)
-        tensors = {k: v for k, v in bound.shared.items() if k != "bias"}
+        tensors = {k: v for k, v in self._tensors(both).items() if k not in ("bias", "drive")}
         grads = self.op.gradient(torch.cat([dp, mp]), torch.cat([mu, du]), tensors)
+        grads = {k: g[:size] + g[size:] if k in both.batched else g for k, g in grads.items()}
         if self.bias is not None:
             grads["bias"] = dp.sum_to_size(self.bias.shape)
         if self.drive is not None:

@@ -40,6 +40,11 @@ class Operator(Picklable, ABC):
         """The effective weights, after any parametrization; ``{}`` if there are none."""
         return {}
 
+    def inputs(self, x: Any) -> Tensors:
+        """What of the operator depends on the input, batch first: computed once per relaxation and passed on beside
+        :meth:`tensors`; ``{}`` for a plain matrix."""
+        return {}
+
     def symmetrised(self, weight: Tensor) -> Tensor:
         """The weight as :meth:`tensors` would give it."""
         return weight

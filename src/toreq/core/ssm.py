@@ -1,0 +1,340 @@
+"""State-space maps over tokens as operators: linear in the tokens, with the reversed scan as adjoint."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toreq.core.operators import Dense, Operator, Tensors
+from toreq.core.scan import factored, toeplitz
+from toreq.errors import ConfigError
+
+_REACH = {torch.float64: 640.0}
+"""Logarithm of what a chunk's factors may span; they are centred, so that each is at most the root of that."""
+_USUAL_REACH = 80.0
+_RESTING = math.log(math.e - 1)
+"""Where softplus is 1: the step size of a gate that says nothing."""
+
+
+class ShortenedChunkWarning(UserWarning):
+    """A chunk was too long for its decay: the product of decays in it would overflow."""
+
+
+class SSM(Operator):
+    r"""A diagonal complex state-space map over tokens, ``(B, N, D) -> (B, N, M)``, any N (Gu et al. 2022, S4D).
+
+    .. math:: v_t = W u_t, \quad s_t = a_t s_{t-1} + g^{in}_t\sqrt{1 - |a_t|}\,v_t, \quad
+              y_t = g^{out}_t \sum_{k=1}^S \mathrm{Re}\left(c_k\sqrt{1 - |a_{tk}|}\,s_{tk}\right) + d\,v_t
+
+    per channel, with :math:`a_t = \exp(\Delta_t(-e^\nu + i\omega))`, so that :math:`|a_t| < 1` whatever is learned.
+    Selective with ``gates``: step sizes :math:`\Delta_t` and gates in (0, 1) are functions of the input alone, so the
+    map stays linear in u; without, :math:`\Delta = g = 1` and the map is time-invariant. The roots make a mode's
+    largest gain over all frequencies 1 at every decay, and with ``bounded`` (:math:`\sum_k|c_k| + |d|\le 1` for every
+    channel) the norm is at most :math:`\|W\|`, or :math:`\sqrt2\,\|W\|` when selective. With N tokens it is a causal
+    map; its adjoint is the reversed scan, with the decays shifted by one token.
+
+    Time-invariant: chunks of T tokens by one T x T matrix per channel. Selective: factors :math:`e^{\pm\lambda\tau}`
+    within chunks, which are shortened (with a :class:`ShortenedChunkWarning`, once) where these would overflow.
+
+    Args:
+        features: D.
+        hidden: M, the channels.
+        states: S, complex numbers of state per channel.
+        gates: module mapping ``x`` to ``(B, N, 3 M)``: step sizes (through softplus, 1 at zero), input and output gates
+            (through the logistic function); None for the time-invariant map.
+        mask: module mapping ``x`` to ``(B, N)``, true for tokens that count. The others are neither read nor written;
+            when selective, no time passes at them either.
+        chunk: T, at least 1.
+        timescales: shortest and longest initial :math:`e^{-\nu}` in tokens, spread evenly in their logarithm.
+        frequency: largest initial :math:`|\omega|` in radians per token.
+        bounded: keep the coefficients of each channel within a sum of 1.
+        scale: standard deviation of the initial W; half of :math:`1/\sqrt D` when None.
+        generator: source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        states: int = 1,
+        gates: nn.Module | None = None,
+        mask: nn.Module | None = None,
+        chunk: int = 32,
+        timescales: tuple[float, float] = (1.0, 64.0),
+        frequency: float = 0.5,
+        bounded: bool = True,
+        scale: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if min(features, hidden, states, chunk) < 1:
+            raise ConfigError(
+                f"SSM: expected features, hidden, states, chunk >= 1, got {features}, {hidden}, {states}, {chunk}; "
+                "e.g. 64, 128, 1, 32"
+            )
+        if not 0 < timescales[0] <= timescales[1] < math.inf or not 0 <= frequency <= math.pi:
+            raise ConfigError(
+                f"SSM: expected timescales 0 < shortest <= longest and frequency in [0, pi], got {timescales} and "
+                f"{frequency}; e.g. (1, 64) and 0.5"
+            )
+        self.in_shape, self.out_shape = (features,), (hidden,)
+        self.states, self.chunk, self.bounded = states, chunk, bounded
+        self.project = Dense(features, hidden, scale=scale, generator=generator)
+        shape = (hidden, states)
+        low, high = (math.log(t) for t in timescales)
+        self.log_rate = nn.Parameter(-(low + (high - low) * torch.rand(shape, generator=generator)))
+        self.frequency = nn.Parameter(frequency * (2 * torch.rand(shape, generator=generator) - 1))
+        angle = 2 * math.pi * torch.rand(shape, generator=generator)
+        # half through the memory, half past it; their sum is kept off the kink of the bound at 1
+        self.coefficient = nn.Parameter(torch.stack([angle.cos(), angle.sin()]) * (0.45 / states))
+        self.skip = nn.Parameter(torch.full((hidden,), 0.45))
+        self.gates, self.mask = gates, mask
+        self._told = False
+
+    @property
+    def selective(self) -> bool:
+        """Whether step sizes depend on the input."""
+        return self.gates is not None
+
+    @property
+    def gain(self) -> float:
+        r"""What ``bounded`` bounds the norm by, as a multiple of :math:`\|W\|`."""
+        return math.sqrt(2.0) if self.selective else 1.0
+
+    def eigenvalues(self) -> Tensor:
+        r"""The decays a at :math:`\Delta = 1`, complex ``(M, S)``, inside the unit disk."""
+        with torch.no_grad():
+            return torch.polar((-self.log_rate.exp()).exp(), self.frequency)
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """c as ``(2, M, S)`` and d as ``(M,)``, after the bound."""
+        c, d = self.coefficient, self.skip
+        if not self.bounded:
+            return c, d
+        total = torch.linalg.vector_norm(c, dim=0).sum(-1) + d.abs()
+        share = 1 / total.clamp_min(1.0)
+        return c * share[:, None], d * share
+
+    def tensors(self) -> Tensors:
+        shared = self.project.tensors()
+        c, d = self.coefficients()
+        return {**shared, "skip": d} if self.selective else {**shared, **self._matrices(c, d)}
+
+    def _matrices(self, c: Tensor, d: Tensor) -> Tensors:
+        """The matrices of one chunk of the time-invariant map."""
+        rate, size = self.log_rate.exp(), self.chunk
+        tau = torch.arange(size + 1, dtype=rate.dtype, device=rate.device)
+        fall = (-rate[..., None] * tau).exp()
+        angle = self.frequency[..., None] * tau
+        power = torch.stack([angle.cos(), angle.sin()]) * fall  # (2, M, S, T + 1)
+        share = -torch.expm1(-rate)  # 1 - |a|
+        c = (c * share)[..., None]
+        after = torch.stack([c[0] * power[0] - c[1] * power[1], c[0] * power[1] + c[1] * power[0]])
+        kernel = after[0, :, :, :size].sum(1)
+        place = torch.arange(size, device=rate.device)
+        ago = place - place[:, None]  # from token j (rows) to token i (columns)
+        within = kernel[:, ago.clamp_min(0)] * (ago >= 0) + torch.diag_embed(d[:, None].expand(-1, size))
+        inject = power[..., :size].flip(-1).permute(1, 3, 0, 2).flatten(2)
+        read = torch.stack([after[0], -after[1]])[..., 1:].permute(1, 0, 2, 3).flatten(1, 2)
+        return {"within": within, "inject": inject, "read": read, "turn": power[..., size]}
+
+    def inputs(self, x: Any) -> Tensors:
+        mask = None if self.mask is None else self.mask(x).to(self.log_rate.dtype)
+        given = {} if mask is None else {"mask": mask[..., None]}
+        if self.gates is None:
+            return given
+        return {**given, **self._factors(self.steps(x), mask)}
+
+    def steps(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Step sizes, input and output gates of an input, each ``(B, N, M)``; selective only."""
+        assert self.gates is not None
+        raw = self.gates(x)
+        channels = self.out_shape[0]
+        if raw.dim() != 3 or raw.shape[-1] != 3 * channels:
+            raise ConfigError(
+                f"SSM: expected gates of shape (B, N, {3 * channels}), got {tuple(raw.shape)}; end the module in "
+                f"nn.Linear(..., {3 * channels})"
+            )
+        step, gate_in, gate_out = raw.split(channels, -1)
+        return F.softplus(step + _RESTING), gate_in.sigmoid(), gate_out.sigmoid()
+
+    def _factors(self, steps: tuple[Tensor, Tensor, Tensor], mask: Tensor | None) -> Tensors:
+        """The factors of :func:`~toreq.core.scan.factored` for these steps and gates."""
+        step, gate_in, gate_out = steps
+        rate, frequency = self.log_rate.exp().T[:, None], self.frequency.T[:, None]  # (S, 1, M)
+        # the root has no slope at 0
+        share = (-torch.expm1(-rate * step[:, None])).clamp_min(torch.finfo(step.dtype).tiny)
+        if mask is not None:
+            gate_in, gate_out = gate_in * mask[..., None], gate_out * mask[..., None]
+            step = step * mask[..., None]
+        size = self._fitting(step, rate)
+        n = step.shape[1]
+        pad = -n % size
+        step = F.pad(step, (0, 0, 0, pad)).unflatten(1, (-1, size))  # (B, K, T, M)
+        passed = step.cumsum(2)
+        half = passed[:, :, -1:] / 2
+        tau = (passed - half).flatten(1, 2)[:, None, :n]
+        grow, angle = (rate * tau).exp(), frequency * tau
+        cos, sin, root = angle.cos(), angle.sin(), share.sqrt()
+        c = self.coefficients()[0].transpose(1, 2)[:, None, :, None]  # (2, 1, S, 1, M)
+        inject = (root * gate_in[:, None] * grow)[:, None] * torch.stack([cos, -sin], 1)
+        turned = torch.stack([c[0] * cos - c[1] * sin, -(c[0] * sin + c[1] * cos)], 1)
+        read = (root * gate_out[:, None] / grow)[:, None] * turned
+        return {
+            "inject": F.pad(inject, (0, 0, 0, pad)),
+            "read": F.pad(read, (0, 0, 0, pad)),
+            "turn": self._turn(half.squeeze(2), rate, frequency),
+        }
+
+    @staticmethod
+    def _turn(half: Tensor, rate: Tensor, frequency: Tensor) -> Tensor:
+        """The decay from the middle of each chunk to the middle of the next, ``(B, 2, S, K, M)``."""
+        gap = (half + torch.cat([half[:, 1:], half[:, -1:]], 1))[:, None]
+        angle = frequency * gap
+        return torch.stack([angle.cos(), angle.sin()], 1) * (-rate * gap).exp()[:, None]
+
+    @torch.no_grad()
+    def _fitting(self, step: Tensor, rate: Tensor) -> int:
+        """The longest chunk whose factors do not overflow: the chosen one, halved as often as needed."""
+        size = wanted = min(self.chunk, step.shape[1])
+        most = _REACH.get(step.dtype, _USUAL_REACH)
+        rate = rate.amax(0).squeeze(0)
+        reach = first = self._reach(step, rate, size)
+        while not reach <= most and size > 1:
+            size //= 2
+            reach = self._reach(step, rate, size)
+        if size < wanted and not self._told:
+            self._told = True
+            warnings.warn(
+                f"SSM: expected a chunk of {wanted} tokens to decay by less than exp({most:.0f}), got "
+                f"exp({first:.0f}); chunks of {size} are used, which is slower: choose a shorter chunk, or lower the "
+                "rates",
+                ShortenedChunkWarning,
+                stacklevel=2,
+            )
+        return size
+
+    @staticmethod
+    def _reach(step: Tensor, rate: Tensor, size: int) -> float:
+        pad = -step.shape[1] % size
+        total = F.pad(step, (0, 0, 0, pad)).unflatten(1, (-1, size)).sum(2)
+        return float((total * rate).amax())
+
+    def _t(self, t: Tensors | None) -> Tensors:
+        t = self.tensors() if t is None else t
+        if "inject" not in t or (self.mask is not None and "mask" not in t):
+            raise ConfigError(
+                "SSM: expected what depends on the input beside the weights, got weights alone; couple it by a "
+                "Potential, or pass {**op.tensors(), **op.inputs(x)}"
+            )
+        return t
+
+    def forward(self, u: Tensor, t: Tensors | None = None) -> Tensor:
+        t = self._t(t)
+        if self.selective:
+            return self._scan(F.linear(u, t["weight"]), t, reverse=False)
+        # one product projects and puts the channels first
+        v = (t["weight"] @ u.flatten(0, 1).T).view(-1, *u.shape[:2])
+        return self._scan(v.permute(1, 2, 0), t, reverse=False)
+
+    def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
+        t = self._t(t)
+        v = self._scan(w, t, reverse=True)
+        if self.selective:
+            return v @ t["weight"]
+        return (v.permute(2, 0, 1).flatten(1).T @ t["weight"]).view(*w.shape[:2], -1)
+
+    def _scan(self, v: Tensor, t: Tensors, reverse: bool) -> Tensor:
+        """The scan of the channels ``(B, N, M)``, which when time-invariant are best laid out as ``(M, B, N)``."""
+        mask = t.get("mask")
+        v = v if mask is None else v * mask
+        if self.selective:
+            # masked tokens neither write nor read: the factors hold the mask
+            return factored(v, t["inject"], t["read"], t["turn"], reverse) + t["skip"] * v
+        y = toeplitz(
+            v.permute(2, 0, 1).contiguous(), t["within"], t["inject"], t["read"], t["turn"], reverse
+        ).permute(1, 2, 0)  # fmt: skip
+        return y if mask is None else y * mask
+
+    def gradient(self, w: Tensor, u: Tensor, t: Tensors) -> Tensors:
+        with torch.enable_grad():
+            leaf = {k: v.detach().requires_grad_(k != "mask") for k, v in t.items()}
+            value = (w.detach() * self.forward(u.detach(), leaf)).sum()
+        wanted = {k: v for k, v in leaf.items() if v.requires_grad}
+        # of sequences within one chunk the states between chunks are no part
+        grads = torch.autograd.grad(value, list(wanted.values()), materialize_grads=True)
+        return dict(zip(wanted, grads, strict=True))
+
+    @torch.no_grad()
+    def norm(
+        self,
+        iterations: int = 50,
+        generator: torch.Generator | None = None,
+        length: int = 256,
+        t: Tensors | None = None,
+    ) -> float:
+        r"""Largest singular value for sequences of ``length`` tokens, by power iteration on :math:`A^\top A`.
+
+        Args:
+            iterations: number of applications of :math:`A^\top A`, at least 1.
+            generator: source of the start vector; seed 0 when None.
+            length: N.
+            t: the tensors, with :meth:`inputs` of B examples of that length where these are needed: the largest over
+                them.
+        """
+        t = self._t(t)
+        weight = t["weight"]
+        generator = generator or torch.Generator(device=weight.device).manual_seed(0)
+        batch = max((v.shape[0] for k, v in t.items() if k == "mask" or (self.selective and k == "turn")), default=1)
+        shape = (batch, length, *self.in_shape)
+        v = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
+        sigma = v.new_zeros(batch)
+        for _ in range(iterations):
+            v = v / torch.linalg.vector_norm(v, dim=(1, 2), keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+            u = self.forward(v, t)
+            sigma = torch.linalg.vector_norm(u, dim=(1, 2))
+            v = self.adjoint(u, t)
+        return float(sigma.amax())
+
+    @torch.no_grad()
+    def transfer(self, angles: Tensor) -> Tensor:
+        r"""Transfer functions of the channels, of the time-invariant map, complex ``(F, M)``:
+        :math:`H(\theta) = \tfrac12\sum_k\left[\frac{\gamma_k}{1 - a_k e^{-i\theta}} +
+        \frac{\bar\gamma_k}{1 - \bar a_k e^{-i\theta}}\right] + d`, :math:`\gamma_k = c_k(1 - |a_k|)`.
+
+        Args:
+            angles: :math:`\theta` in radians per token, ``(F,)``.
+        """
+        if self.selective:
+            raise ConfigError("SSM.transfer: expected a time-invariant map, got gates; use norm(t=...)")
+        c, d = self.coefficients()
+        a = self.eigenvalues()
+        gamma = torch.complex(c[0], c[1]) * -torch.expm1(-self.log_rate.exp())
+        back = torch.polar(torch.ones_like(angles), -angles)[:, None, None]
+        return 0.5 * (gamma / (1 - a * back) + gamma.conj() / (1 - a.conj() * back)).sum(-1) + d
+
+    @torch.no_grad()
+    def norm_limit(self, points: int = 512) -> float:
+        r"""Closed form of the norm of the time-invariant map for ever longer sequences, which bounds it for all:
+        :math:`\max_\theta\sigma_{\max}(\mathrm{diag}(H(\theta))\,W)`.
+
+        Args:
+            points: frequencies in [0, pi], beside those of the modes themselves.
+        """
+        weight = self.project.tensors()["weight"]
+        grid = torch.linspace(0, math.pi, points, dtype=weight.dtype, device=weight.device)
+        size = self.transfer(torch.cat([grid, self.frequency.detach().abs().flatten()])).abs().square()
+        gram = torch.einsum("md,fm,me->fde", weight, size, weight)
+        return float(torch.linalg.eigvalsh(gram)[:, -1].amax().sqrt())
+
+    def extra_repr(self) -> str:
+        kind = "selective" if self.selective else "time-invariant"
+        return f"{self.in_shape} -> {self.out_shape}, states={self.states}, chunk={self.chunk}, {kind}"
+
+
+__all__ = ["SSM", "ShortenedChunkWarning"]
