@@ -19,7 +19,7 @@ from toreq.core.spectral import relaxation_radius
 from toreq.core.state import Bindings, State, detached, leaves
 from toreq.core.vector_field import VectorField
 from toreq.errors import ConfigError, ConvergenceWarning, DivergenceError
-from toreq.estimators import Centered, Estimator, NonConservative, Predictive, Statistics, Unrolled
+from toreq.estimators import Centered, Estimator, NonConservative, Predictive, Statistics, Thermal, Unrolled
 from toreq.estimators.base import Cost, FreePhase, LinearNudge
 from toreq.estimators.pairs import Paired
 from toreq.hardware import multiplies_bfloat16
@@ -39,7 +39,7 @@ class Equilibrium(nn.Module):
         dynamics: an :class:`~toreq.core.Energy` or :class:`~toreq.core.VectorField`.
         solver: how to settle; undamped fixed-point iteration when None.
         estimator: how to learn; ``Centered`` for energies, ``Predictive`` for pure prediction-error energies,
-            ``NonConservative`` for vector fields when None.
+            ``NonConservative`` for vector fields, and ``Thermal`` with a solver that samples a law, when None.
         readout: name of the read-out node (forward then returns a tensor), or several (a dictionary); the last node
             when None.
         warn: whether unsettled examples give a :class:`~toreq.errors.ConvergenceWarning`, the first time in each phase;
@@ -60,8 +60,9 @@ class Equilibrium(nn.Module):
         super().__init__()
         solver = FixedPoint() if solver is None else solver
         self.dynamics = _with_self_coupling(dynamics, solver)
-        self._solver = solver
-        self._estimator = self._checked(_default_estimator(dynamics) if estimator is None else estimator)
+        self._solver = self._fitting(solver)
+        self._estimator = self._checked(_default_estimator(dynamics, solver) if estimator is None else estimator)
+        self._check_pair()
         readout = dynamics.names[-1] if readout is None else readout
         self.readout = (readout,) if isinstance(readout, str) else tuple(readout)
         self.single = isinstance(readout, str)
@@ -85,6 +86,18 @@ class Equilibrium(nn.Module):
             raise ConfigError(f"Equilibrium: expected an estimator that supports this network; {support.reason}")
         return estimator
 
+    def _fitting(self, solver: Solver) -> Solver:
+        reason = solver.refusal(self.dynamics)
+        if reason:
+            raise ConfigError(f"Equilibrium: expected a solver that can relax this network; {reason}")
+        return solver
+
+    def _check_pair(self) -> None:
+        # not when one of the two is assigned: both may be about to change
+        support = self._estimator.accepts(self._solver)
+        if not support:
+            raise ConfigError(f"Equilibrium: expected an estimator that fits the solver; {support.reason}")
+
     @property
     def estimator(self) -> Estimator:
         """The gradient estimator; assigning one that does not support the network is refused."""
@@ -107,7 +120,7 @@ class Equilibrium(nn.Module):
                 "changes "
                 "the energy; build a new layer"
             )
-        self._solver = value
+        self._solver = self._fitting(value)
 
     def hasten(self) -> None:
         """Loosen solver and estimator to settings that train as well in a fraction of the time.
@@ -121,6 +134,8 @@ class Equilibrium(nn.Module):
         free, nudged = (1e-2, 5e-2) if linear else (3e-3, 2e-2)
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         precision = "rounded" if multiplies_bfloat16(device) else self._solver.precision
+        if self._solver.sampling():  # whose tolerance is that of a mean
+            free = self._solver.tolerance
         self._solver = replace(self._solver, tolerance=max(self._solver.tolerance, free), precision=precision)
         if isinstance(self._estimator, Paired):
             self._estimator = replace(self._estimator, tolerance=max(self._estimator.tolerance, nudged))
@@ -159,6 +174,9 @@ class Equilibrium(nn.Module):
     def _run(self, x: Any, cost: Cost | None) -> Any:
         bindings = self._bind(x)
         flat = leaves(bindings)
+        learning = torch.is_grad_enabled() and any(t.requires_grad for t in flat)
+        if learning or isinstance(self._estimator, Unrolled):
+            self._check_pair()
         if isinstance(self._estimator, Unrolled):
             out = self._unrolled(bindings, self._estimator)
             return cost_per_example(out, cost).mean() if cost else self._shape(out)
@@ -168,7 +186,7 @@ class Equilibrium(nn.Module):
                 "linear cost: "
                 "call layer.loss, or choose nudge='relative'"
             )
-        if torch.is_grad_enabled() and any(t.requires_grad for t in flat):
+        if learning:
             result = Settle.apply(self, bindings, cost, *flat)
             if cost is None:
                 return self._shape(dict(zip(self.readout, result, strict=True)))
@@ -232,11 +250,12 @@ class Equilibrium(nn.Module):
             cotangent: :math:`\\partial C/\\partial h` per read-out node.
             record: keep the trace.
         """
+        self._check_pair()
         with torch.no_grad():
             bindings = detached(self._bind(x))
             free = self.free_phase(bindings)
             v = {self.readout[0]: cotangent} if isinstance(cotangent, Tensor) else cotangent
-            phase = FreePhase(self.dynamics, bindings, self._solver, free.state, free.h)
+            phase = FreePhase(self.dynamics, bindings, self._solver.nudged(), free.state, free.h)
             with full_precision(bindings):
                 estimate = self._estimator.estimate(phase, LinearNudge(v), record)
         self.last.nudged = estimate.statistics
@@ -286,7 +305,9 @@ class Equilibrium(nn.Module):
             )
 
 
-def _default_estimator(dynamics: Dynamics) -> Estimator:
+def _default_estimator(dynamics: Dynamics, solver: Solver) -> Estimator:
+    if solver.sampling():
+        return Thermal()
     if not isinstance(dynamics, Energy):
         return NonConservative()
     return Predictive() if dynamics.predictive else Centered()

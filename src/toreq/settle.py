@@ -73,7 +73,7 @@ class Settle(torch.autograd.Function):
         bound = with_leaves(bindings, [t.detach() for t in flat])
         solution = layer.free_phase(bound)
         ctx.layer, ctx.structure, ctx.cost = layer, bound, cost
-        ctx.estimator, ctx.solver = layer.estimator, layer.solver
+        ctx.estimator, ctx.solver = layer.estimator, layer.solver.nudged()
         ctx.save_for_backward(*flat)
         ctx.a, ctx.h = solution.state, {n: t.detach() for n, t in solution.h.items()}
         ctx.set_materialize_grads(False)

@@ -10,10 +10,12 @@ from toreq.estimators.equilibrium_propagation import Centered, Holomorphic, OneS
 from toreq.estimators.implicit import Implicit
 from toreq.estimators.nonconservative import NonConservative
 from toreq.estimators.predictive import Predictive
+from toreq.estimators.thermal import Thermal, ThermalStatistics
 from toreq.estimators.unrolled import Unrolled
+from toreq.solvers import FixedPoint, Solver
 
 REGISTRY: dict[str, type[Estimator]] = {
-    e.name: e for e in (OneSided, Centered, Holomorphic, NonConservative, Predictive, Implicit, Unrolled)
+    e.name: e for e in (OneSided, Centered, Holomorphic, NonConservative, Predictive, Thermal, Implicit, Unrolled)
 }
 
 
@@ -37,10 +39,12 @@ def create(name: str, **fields: Any) -> Estimator:
     return REGISTRY[name](**fields)
 
 
-def all_for(dynamics: Dynamics) -> list[tuple[str, Estimator]]:
-    """The shipped estimators, at their shipped settings, that support a network."""
+def all_for(dynamics: Dynamics, solver: Solver | None = None) -> list[tuple[str, Estimator]]:
+    """The shipped estimators, at their shipped settings, that support a network and fit a solver (one that settles
+    when None)."""
+    solver = FixedPoint() if solver is None else solver
     shipped = [(name, kind()) for name, kind in REGISTRY.items()]
-    return [(name, e) for name, e in shipped if e.supports(dynamics)]
+    return [(name, e) for name, e in shipped if e.supports(dynamics) and e.accepts(solver)]
 
 
 __all__ = [
@@ -56,6 +60,8 @@ __all__ = [
     "Predictive",
     "Statistics",
     "Support",
+    "Thermal",
+    "ThermalStatistics",
     "Unrolled",
     "all_for",
     "create",

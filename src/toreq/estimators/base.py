@@ -137,6 +137,14 @@ class Estimator(ABC):
     def supports(self, dynamics: Dynamics) -> Support:
         """Whether gradients are right for this network, or why not."""
 
+    def accepts(self, solver: Solver) -> Support:
+        """Whether gradients are right after a free phase of this solver, or why not."""
+        if solver.sampling():
+            kind = type(self).__name__
+            reason = f"{kind} reads one equilibrium, and {type(solver).__name__} samples a law: a contrast of means"
+            return Support(False, f"{reason} is not the mean of contrasts; use Thermal, or Langevin(mode='annealed')")
+        return Support(True)
+
     @abstractmethod
     def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
         """Run what the estimator needs and return the gradients of the cost."""

@@ -7,11 +7,17 @@ from toreq.errors import ConfigError, nearest
 from toreq.solvers.anderson import Anderson
 from toreq.solvers.base import Solver
 from toreq.solvers.fixed_point import Fading, FixedPoint
+from toreq.solvers.langevin import Langevin
 from toreq.solvers.multiscale import CoarseToFine
 from toreq.solvers.problem import Problem, Relaxation
 from toreq.solvers.solution import Solution, Step, Trace
 
-REGISTRY: dict[str, type[Solver]] = {"fixedpoint": FixedPoint, "anderson": Anderson, "coarsetofine": CoarseToFine}
+REGISTRY: dict[str, type[Solver]] = {
+    "fixedpoint": FixedPoint,
+    "anderson": Anderson,
+    "coarsetofine": CoarseToFine,
+    "langevin": Langevin,
+}
 
 
 def names() -> list[str]:
@@ -40,6 +46,7 @@ __all__ = [
     "CoarseToFine",
     "Fading",
     "FixedPoint",
+    "Langevin",
     "Problem",
     "Relaxation",
     "Solution",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from toreq.core.energy import Dynamics
 from toreq.core.state import State
 from toreq.errors import ConfigError
 from toreq.options import check_types
@@ -82,6 +83,18 @@ class Solver(ABC):
     def self_coupling(self) -> float:
         """Strength of the self-coupling that this solver adds to the equilibrium; 0 unless recurrent."""
         return 0.0
+
+    def sampling(self) -> bool:
+        """Whether it samples a law, so that a solution is a mean over samples and not an equilibrium."""
+        return False
+
+    def nudged(self) -> Solver:
+        """The solver of the nudged phases that follow its free phase."""
+        return self
+
+    def refusal(self, dynamics: Dynamics) -> str:
+        """Why it cannot relax a network; empty where it can."""
+        return ""
 
     def extrapolates(self) -> bool:
         """Whether a step may raise the residual, so that a settled example keeps the iterate that was checked."""
