@@ -71,13 +71,13 @@ def _matrices(op: SSM, x: Tensor) -> Tensor:
                 for j in range(n):
                     here = cmath.exp(lam * float(step[b, j, m]))
                     state = math.sqrt(1 - abs(here)) * float(g_in[b, j, m]) * float(counts[b, j])
-                    for i in range(j, n):
+                    for i in range(j + 1, n):
                         passing = cmath.exp(lam * float(step[b, i, m]))
-                        if i > j and (counts[b, i] or not op.selective):
-                            state = passing * state
                         root = math.sqrt(1 - abs(passing))
                         value = (coefficient * state).real * root * float(g_out[b, i, m]) * float(counts[b, i])
                         out[b, m, i, j] += value
+                        if counts[b, i] or not op.selective:
+                            state = passing * state
             out[b, m] += torch.diag(float(d[m]) * counts[b].double())
     return out
 
@@ -117,8 +117,8 @@ def test_forms_agree(selective: bool, n: int) -> None:
     if not selective:
         tau = torch.arange(n, dtype=torch.float64)
         power = torch.polar((-rate[..., None] * tau).exp(), omega[..., None] * tau)
-        kernel = ((read * (1 - (-rate).exp()))[..., None] * power).real.sum(1)
-        kernel[:, 0] = kernel[:, 0] + d
+        memory = ((read * (1 - (-rate).exp()))[..., None] * power).real.sum(1)
+        kernel = torch.cat([d[:, None], memory[:, :-1]], 1)
         for reverse in (False, True):
             spectral = by_fft(v.permute(2, 0, 1), kernel, reverse).permute(1, 2, 0)
             torch.testing.assert_close(op._scan(v, op.tensors(), reverse), spectral, rtol=1e-10, atol=1e-12)
@@ -238,9 +238,9 @@ def test_norm_by_iteration_is_the_largest_singular_value(selective: bool) -> Non
 
 
 def test_closed_form_norm_is_the_limit_of_long_sequences() -> None:
-    op = _op(False)
+    op = _op(False, chunk=50)
     limit = op.norm_limit()
-    short, long = op.norm(iterations=300, length=12), op.norm(iterations=600, length=600)
+    short, long = op.norm(iterations=200, length=12), op.norm(iterations=400, length=500)
     assert short < long <= limit * (1 + 1e-9)
     assert long > 0.99 * limit
 
@@ -270,13 +270,12 @@ def test_bounded_by_the_weights_norm(selective: bool) -> None:
     control_norm(op.project, 0.6)
     x = _draw(40, D, 1, batch=6)
     t = {**op.tensors(), **op.inputs(x)} if selective else None
-    bound = 0.6 * op.gain
-    assert 0.3 * bound < op.norm(iterations=300, length=40, t=t) <= bound * (1 + 1e-6)
+    assert 0.2 * 0.6 < op.norm(iterations=300, length=40, t=t) <= 0.6 * (1 + 1e-6)
     assert float(op.eigenvalues().abs().max()) < 1
 
 
 def test_a_chunk_too_long_for_its_decay_is_shortened_and_said() -> None:
-    x = _draw(64, D, 1)
+    x = _draw(40, D, 1)
     for dtype, factor in ((torch.float32, 8.0), (torch.float64, 60.0)):
         op = _op(True, chunk=32)
         with torch.no_grad():
@@ -289,7 +288,7 @@ def test_a_chunk_too_long_for_its_decay_is_shortened_and_said() -> None:
             "bmij,md,bjd->bim", _matrices(op.double(), x), op.project.weight.detach(), _draw(64, D, 2)
         )
         tolerance = 2e-5 if dtype == torch.float32 else 1e-11
-        found = op.to(dtype)(_draw(64, D, 2).to(dtype), t).double()
+        found = op.to(dtype)(_draw(40, D, 2).to(dtype), t).double()
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

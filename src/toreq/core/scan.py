@@ -1,4 +1,4 @@
-r"""Causal scans of diagonal linear recurrences, :math:`s_t = a_t s_{t-1} + b_t v_t,\ y_t = \mathrm{Re}(c_t s_t)`.
+r"""Causal scans of diagonal linear recurrences, :math:`s_t = a_t s_{t-1} + b_t v_t,\ y_t = \mathrm{Re}(c_t s_{t-1})`.
 
 Complex numbers are kept as pairs of real ones, so that everything stays analytic in complex states. Both chunked forms
 are matrix products within chunks and a short recurrence over them, linear in the number of tokens; reversed, the same
@@ -21,15 +21,15 @@ def sequential(v: Tensor, decay: Tensor, inject: Tensor, read: Tensor) -> Tensor
         decay, inject, read: a, b, c, complex, each broadcastable to ``(B, N, M, S)``.
 
     Returns:
-        :math:`\sum_S\mathrm{Re}(c_t s_t)`, ``(B, N, M)``.
+        :math:`\sum_S\mathrm{Re}(c_t s_{t-1})`, ``(B, N, M)``: a token reads what those before it have written.
     """
     shape = (*v.shape, decay.shape[-1])
     decay, inject, read = decay.expand(shape), inject.expand(shape), read.expand(shape)
     state = torch.zeros_like(decay[:, 0])
     out = []
     for t in range(v.shape[1]):
-        state = decay[:, t] * state + inject[:, t] * v[:, t, :, None]
         out.append((read[:, t] * state).real.sum(-1))
+        state = decay[:, t] * state + inject[:, t] * v[:, t, :, None]
     return torch.stack(out, 1)
 
 
@@ -82,10 +82,10 @@ def toeplitz(v: Tensor, within: Tensor, inject: Tensor, read: Tensor, turn: Tens
 def factored(v: Tensor, inject: Tensor, read: Tensor, turn: Tensor, reverse: bool = False) -> Tensor:
     r"""A scan whose decays differ from token to token and from example to example, in K chunks of T tokens.
 
-    .. math:: y_t = \mathrm{Re}\,r_t\Bigl(q_k + \sum_{j \le t,\ j \in k} i_j v_j\Bigr), \qquad
+    .. math:: y_t = \mathrm{Re}\,r_t\Bigl(q_k + \sum_{j < t,\ j \in k} i_j v_j\Bigr), \qquad
               q_{k+1} = w_k\Bigl(q_k + \sum_{j \in k} i_j v_j\Bigr)
 
-    with :math:`i_j = b_j/A_j,\ r_t = c_t A_t`, A the product of the decays from the middle of the chunk on.
+    with :math:`i_j = b_j/A_j,\ r_t = c_t A_{t-1}`, A the product of the decays from the middle of the chunk on.
 
     Args:
         v: ``(B, N, M)``, N at most K T.
@@ -104,11 +104,12 @@ def factored(v: Tensor, inject: Tensor, read: Tensor, turn: Tensor, reverse: boo
     if n < chunks * size:
         v = F.pad(v, (0, 0, 0, chunks * size - n))
     x = (inject * v[:, None, None]).unflatten(3, (chunks, size))
-    ones = torch.ones(size, size, dtype=x.dtype, device=x.device)
-    within = (ones.triu() if reverse else ones.tril()) @ x
+    # sums over the tokens before each one (after it, when reversed), and over all of them in the last (first) row
+    ones = torch.ones(size + 1, size, dtype=x.dtype, device=x.device)
+    within = (ones.triu() if reverse else ones.tril(-1)) @ x
+    total, within = (within[..., 0, :], within[..., 1:, :]) if reverse else (within[..., -1, :], within[..., :-1, :])
     if chunks > 1:
-        entering = _entering(within[..., 0 if reverse else -1, :], turn, reverse)
-        within = within + entering.unsqueeze(4)
+        within = within + _entering(total, turn, reverse).unsqueeze(4)
     return (read.unflatten(3, (chunks, size)) * within).sum((1, 2)).flatten(1, 2)[:, :n]
 
 

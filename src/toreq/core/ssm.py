@@ -28,15 +28,19 @@ class ShortenedChunkWarning(UserWarning):
 class SSM(Operator):
     r"""A diagonal complex state-space map over tokens, ``(B, N, D) -> (B, N, M)``, any N (Gu et al. 2022, S4D).
 
-    .. math:: v_t = W u_t, \quad s_t = a_t s_{t-1} + g^{in}_t\sqrt{1 - |a_t|}\,v_t, \quad
-              y_t = g^{out}_t \sum_{k=1}^S \mathrm{Re}\left(c_k\sqrt{1 - |a_{tk}|}\,s_{tk}\right) + d\,v_t
+    .. math:: v_t = W u_t, \quad y_t = g^{out}_t \sum_{k=1}^S \mathrm{Re}\left(c_k\sqrt{1 - |a_{tk}|}\,s_{t-1,k}\right)
+              + d\,v_t, \quad s_t = a_t s_{t-1} + g^{in}_t\sqrt{1 - |a_t|}\,v_t
 
     per channel, with :math:`a_t = \exp(\Delta_t(-e^\nu + i\omega))`, so that :math:`|a_t| < 1` whatever is learned.
     Selective with ``gates``: step sizes :math:`\Delta_t` and gates in (0, 1) are functions of the input alone, so the
-    map stays linear in u; without, :math:`\Delta = g = 1` and the map is time-invariant. The roots make a mode's
-    largest gain over all frequencies 1 at every decay, and with ``bounded`` (:math:`\sum_k|c_k| + |d|\le 1` for every
-    channel) the norm is at most :math:`\|W\|`, or :math:`\sqrt2\,\|W\|` when selective. With N tokens it is a causal
-    map; its adjoint is the reversed scan, with the decays shifted by one token.
+    map stays linear in u; without, :math:`\Delta = g = 1` and the map is time-invariant. A token reads the state before
+    it writes to it: fast modes then pass on the token before, at full strength, and the token itself goes by d.
+
+    The roots keep the map's size independent of the decay: :math:`(s_{t-1}, v_t) \mapsto (s_t, y_t)` is a contraction
+    for every :math:`a_t` (its matrix :math:`\bigl(\begin{smallmatrix}a & b\\ b & 0\end{smallmatrix}\bigr)`,
+    :math:`b^2 = 1 - |a|`, has norm 1), so that a mode has norm at most 1, and with ``bounded``
+    (:math:`\sum_k|c_k| + |d|\le 1` for every channel) the whole has at most :math:`\|W\|`, whatever the gates say. The
+    adjoint is the reversed scan, with the decays shifted by one token.
 
     Time-invariant: chunks of T tokens by one T x T matrix per channel. Selective: factors :math:`e^{\pm\lambda\tau}`
     within chunks, which are shortened (with a :class:`ShortenedChunkWarning`, once) where these would overflow.
@@ -90,9 +94,9 @@ class SSM(Operator):
         self.log_rate = nn.Parameter(-(low + (high - low) * torch.rand(shape, generator=generator)))
         self.frequency = nn.Parameter(frequency * (2 * torch.rand(shape, generator=generator) - 1))
         angle = 2 * math.pi * torch.rand(shape, generator=generator)
-        # half through the memory, half past it; their sum is kept off the kink of the bound at 1
-        self.coefficient = nn.Parameter(torch.stack([angle.cos(), angle.sin()]) * (0.45 / states))
-        self.skip = nn.Parameter(torch.full((hidden,), 0.45))
+        # most goes through the memory; the sum is kept off the kink of the bound at 1
+        self.coefficient = nn.Parameter(torch.stack([angle.cos(), angle.sin()]) * (0.7 / states))
+        self.skip = nn.Parameter(torch.full((hidden,), 0.2))
         self.gates, self.mask = gates, mask
         self._told = False
 
@@ -100,11 +104,6 @@ class SSM(Operator):
     def selective(self) -> bool:
         """Whether step sizes depend on the input."""
         return self.gates is not None
-
-    @property
-    def gain(self) -> float:
-        r"""What ``bounded`` bounds the norm by, as a multiple of :math:`\|W\|`."""
-        return math.sqrt(2.0) if self.selective else 1.0
 
     def eigenvalues(self) -> Tensor:
         r"""The decays a at :math:`\Delta = 1`, complex ``(M, S)``, inside the unit disk."""
@@ -135,12 +134,12 @@ class SSM(Operator):
         share = -torch.expm1(-rate)  # 1 - |a|
         c = (c * share)[..., None]
         after = torch.stack([c[0] * power[0] - c[1] * power[1], c[0] * power[1] + c[1] * power[0]])
-        kernel = after[0, :, :, :size].sum(1)
+        kernel = torch.cat([d[:, None], after[0, :, :, : size - 1].sum(1)], 1)
         place = torch.arange(size, device=rate.device)
         ago = place - place[:, None]  # from token j (rows) to token i (columns)
-        within = kernel[:, ago.clamp_min(0)] * (ago >= 0) + torch.diag_embed(d[:, None].expand(-1, size))
+        within = kernel[:, ago.clamp_min(0)] * (ago >= 0)
         inject = power[..., :size].flip(-1).permute(1, 3, 0, 2).flatten(2)
-        read = torch.stack([after[0], -after[1]])[..., 1:].permute(1, 0, 2, 3).flatten(1, 2)
+        read = torch.stack([after[0], -after[1]])[..., :size].permute(1, 0, 2, 3).flatten(1, 2)
         return {"within": within, "inject": inject, "read": read, "turn": power[..., size]}
 
     def inputs(self, x: Any) -> Tensors:
@@ -178,13 +177,14 @@ class SSM(Operator):
         step = F.pad(step, (0, 0, 0, pad)).unflatten(1, (-1, size))  # (B, K, T, M)
         passed = step.cumsum(2)
         half = passed[:, :, -1:] / 2
-        tau = (passed - half).flatten(1, 2)[:, None, :n]
-        grow, angle = (rate * tau).exp(), frequency * tau
-        cos, sin, root = angle.cos(), angle.sin(), share.sqrt()
+        written, root = (passed - half).flatten(1, 2)[:, None, :n], share.sqrt()
         c = self.coefficients()[0].transpose(1, 2)[:, None, :, None]  # (2, 1, S, 1, M)
-        inject = (root * gate_in[:, None] * grow)[:, None] * torch.stack([cos, -sin], 1)
+        cos, sin = (frequency * written).cos(), (frequency * written).sin()
+        inject = (root * gate_in[:, None] * (rate * written).exp())[:, None] * torch.stack([cos, -sin], 1)
+        seen = (passed - half - step).flatten(1, 2)[:, None, :n]  # the time of the token before
+        cos, sin = (frequency * seen).cos(), (frequency * seen).sin()
         turned = torch.stack([c[0] * cos - c[1] * sin, -(c[0] * sin + c[1] * cos)], 1)
-        read = (root * gate_out[:, None] / grow)[:, None] * turned
+        read = (root * gate_out[:, None] * (-rate * seen).exp())[:, None] * turned
         return {
             "inject": F.pad(inject, (0, 0, 0, pad)),
             "read": F.pad(read, (0, 0, 0, pad)),
@@ -200,13 +200,13 @@ class SSM(Operator):
 
     @torch.no_grad()
     def _fitting(self, step: Tensor, rate: Tensor) -> int:
-        """The longest chunk whose factors do not overflow: the chosen one, halved as often as needed."""
+        """The chosen chunk, or a shorter one whose factors do not overflow."""
         size = wanted = min(self.chunk, step.shape[1])
         most = _REACH.get(step.dtype, _USUAL_REACH)
         rate = rate.amax(0).squeeze(0)
         reach = first = self._reach(step, rate, size)
         while not reach <= most and size > 1:
-            size //= 2
+            size = max(1, min(size - 1, int(size * most / reach) if reach < math.inf else 1))
             reach = self._reach(step, rate, size)
         if size < wanted and not self._told:
             self._told = True
@@ -304,8 +304,8 @@ class SSM(Operator):
     @torch.no_grad()
     def transfer(self, angles: Tensor) -> Tensor:
         r"""Transfer functions of the channels, of the time-invariant map, complex ``(F, M)``:
-        :math:`H(\theta) = \tfrac12\sum_k\left[\frac{\gamma_k}{1 - a_k e^{-i\theta}} +
-        \frac{\bar\gamma_k}{1 - \bar a_k e^{-i\theta}}\right] + d`, :math:`\gamma_k = c_k(1 - |a_k|)`.
+        :math:`H(\theta) = \tfrac12\sum_k\left[\frac{\gamma_k}{e^{i\theta} - a_k} +
+        \frac{\bar\gamma_k}{e^{i\theta} - \bar a_k}\right] + d`, :math:`\gamma_k = c_k(1 - |a_k|)`.
 
         Args:
             angles: :math:`\theta` in radians per token, ``(F,)``.
@@ -315,8 +315,8 @@ class SSM(Operator):
         c, d = self.coefficients()
         a = self.eigenvalues()
         gamma = torch.complex(c[0], c[1]) * -torch.expm1(-self.log_rate.exp())
-        back = torch.polar(torch.ones_like(angles), -angles)[:, None, None]
-        return 0.5 * (gamma / (1 - a * back) + gamma.conj() / (1 - a.conj() * back)).sum(-1) + d
+        unit = torch.polar(torch.ones_like(angles), angles)[:, None, None]
+        return 0.5 * (gamma / (unit - a) + gamma.conj() / (unit - a.conj())).sum(-1) + d
 
     @torch.no_grad()
     def norm_limit(self, points: int = 512) -> float:

@@ -176,7 +176,8 @@ def _double(state: State) -> State:
 
 
 def _parameters(*modules: nn.Module) -> list[nn.Parameter]:
-    return [p for module in modules for p in module.parameters() if p.requires_grad]
+    # modules may share parameters: each counts once
+    return list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
 
 
 def _accumulate(out: dict[int, Tensor], value: Tensor, parameters: list[nn.Parameter]) -> None:

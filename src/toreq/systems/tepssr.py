@@ -1,0 +1,252 @@
+"""TEP-SSR: tokens that settle under a state-space potential, linear in their number."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from toreq.core import (
+    SSM,
+    Attention,
+    Coupling,
+    Drive,
+    Dynamics,
+    LayerNorm,
+    LinearAttention,
+    Node,
+    Potential,
+    control_norm,
+)
+from toreq.errors import ConfigError, nearest
+from toreq.estimators import Estimator
+from toreq.solvers import Anderson, Solver
+from toreq.systems.base import System
+from toreq.systems.tepssr_parts import (
+    CausalField,
+    MaskedAttention,
+    MaskedLinearAttention,
+    OnePass,
+    Reader,
+    Real,
+    Stream,
+    TokenEnergy,
+)
+
+ATTENTIONS = ("linear", "softmax", "none")
+
+
+class TEPSSR(System):
+    r"""Tokens under a state-space potential, with attention beside it (the seed's state-space recirculation).
+
+    .. math:: E = \langle a, h\rangle - \Phi_{LN}(a) - \langle h, \mathrm{embed}(x)\rangle
+              - \sum\log\cosh(S_x h + c) - K_{\mathrm{attention}}(h)
+
+    with :math:`h = \mathrm{LN}(a)` and :math:`S_x` an :class:`~toreq.core.SSM` over the tokens, linear in h. The
+    potential's field :math:`S_x^\top\tanh(S_x h + c)` is a forward scan, a nonlinearity and a reversed scan: every
+    token hears every other one in O(N).
+
+    Subclasses say what is read out. With ``positions=False`` and no token-wise weights in the read-out any number of
+    tokens will do, whatever ``input_shape`` says.
+
+    Args:
+        input_shape: ``(C, H, W)``, ``(N, F)`` numbers, or ``(N,)`` of symbol indices with ``vocabulary``.
+        num_classes: number of classes.
+        solver, estimator: override the shipped ones.
+        pool: of the read-out.
+        features: D.
+        hidden: M, the channels of the state-space map.
+        states: complex numbers of state per channel.
+        selective: step sizes and gates of the state-space map are functions of the input.
+        patch: side of the image patches (1: pixels), or ``"rows"``.
+        vocabulary: number of symbols; 0 for images and numbers.
+        padding: the symbol that fills up short sequences, which then changes nothing; None: all symbols count.
+        positions: learned positions, for the length given.
+        attention: ``"linear"`` (O(N)), ``"softmax"`` or ``"none"``.
+        heads: attention heads.
+        encoding: steps of the start that see a timestep encoding, annealed to nothing at the last of them.
+        timescale: longest initial time constant in tokens; half of N when None (at least 2).
+        chunk: tokens per matrix product; when None a divisor of N from 16 to 64, or else 32.
+        coupling_scale: initial deviation of all couplings times :math:`\sqrt D`.
+        norm_bound: bounds the linear part of every coupling's Jacobian to an equal share of this; None: free. (Softmax
+            adds a part that depends on the keys' spread: the trained radius is measured, not bounded.)
+    """
+
+    causal = False
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        solver: Solver | None,
+        estimator: Estimator | None,
+        *,
+        pool: str,
+        features: int,
+        hidden: int,
+        states: int,
+        selective: bool,
+        patch: int | str,
+        vocabulary: int,
+        padding: int | None,
+        positions: bool,
+        attention: str,
+        heads: int,
+        encoding: int,
+        timescale: float | None,
+        chunk: int | None,
+        coupling_scale: float,
+        norm_bound: float | None,
+    ) -> None:
+        super().__init__(input_shape, num_classes)
+        where = type(self).__name__
+        if attention not in ATTENTIONS:
+            raise ConfigError(
+                f"{where}: expected attention in {ATTENTIONS}, got {attention!r}; {nearest(attention, ATTENTIONS)}"
+            )
+        if features < 2 or min(heads, hidden, states) < 1 or (attention != "none" and features % heads):
+            raise ConfigError(
+                f"{where}: expected heads that divide features, hidden and states >= 1, got features={features}, "
+                f"heads={heads}, hidden={hidden}, states={states}; e.g. 64, 4, 64, 1"
+            )
+        if (norm_bound is not None and not norm_bound > 0) or not coupling_scale > 0 or encoding < 0:
+            raise ConfigError(
+                f"{where}: expected norm_bound None or > 0, coupling_scale > 0, encoding >= 0, got {norm_bound}, "
+                f"{coupling_scale}, {encoding}; e.g. 0.9, 0.4, 0"
+            )
+        if padding is not None and not 0 <= padding < vocabulary:
+            raise ConfigError(
+                f"{where}: expected padding to be one of {vocabulary} symbols, got {padding}; leave it None for images "
+                "and numbers"
+            )
+        self.features, self.hidden, self.states, self.selective = features, hidden, states, selective
+        self.patch, self.vocabulary, self.positions, self.pool = patch, vocabulary, positions, pool
+        self.attention, self.heads, self.encoding = attention, heads, encoding
+        self.timescale, self.chunk = timescale, chunk
+        self.coupling_scale, self.norm_bound = coupling_scale, norm_bound
+        self.mask = None if padding is None else Real(padding)
+        self.elastic = not positions and pool != "none"
+        dynamics, head = self.parts()
+        self.assemble(dynamics, Anderson(length=3) if solver is None else solver, estimator, head)
+
+    def parts(self) -> tuple[Dynamics, Reader]:
+        """Freshly drawn dynamics and read-out."""
+        stream = Stream(self.input_shape, self.features, self.patch, self.vocabulary, self.positions, self.mask)
+        dynamics = self.dynamics_of(stream)
+        dynamics.elastic, dynamics.encoding = self.elastic, self.encoding
+        return dynamics, Reader(stream.count, self.features, self.num_classes, self.pool)
+
+    def dynamics_of(self, stream: Stream) -> TokenEnergy | CausalField:
+        """The dynamics of the tokens that the stream drives."""
+        kinds = 1 + (self.attention != "none")
+        share = None if self.norm_bound is None else self.norm_bound / kinds
+        terms: list[Coupling] = [Drive("tokens", stream)]
+        if self.attention != "none":
+            terms.append(self._attention(share))
+        terms.append(Potential(self.state_space(stream, None if share is None else math.sqrt(share)), "tokens"))
+        return TokenEnergy([self.node(stream)], terms)
+
+    def node(self, stream: Stream) -> Node:
+        """The tokens."""
+        return Node("tokens", (stream.count, self.features), LayerNorm(self.features))
+
+    def state_space(self, stream: Stream, bound: float | None) -> SSM:
+        """A state-space map of norm at most ``bound``, whose gates read what drives the tokens."""
+        longest = max(2.0, stream.count / 2) if self.timescale is None else self.timescale
+        if not longest >= 1:
+            raise ConfigError(
+                f"{type(self).__name__}: expected timescale None or >= 1 token, got {longest}; try the length over 2"
+            )
+        op = SSM(
+            self.features,
+            self.hidden,
+            self.states,
+            self._gates(stream) if self.selective else None,
+            self.mask,
+            chunk_for(stream.count) if self.chunk is None else self.chunk,
+            (1.0, longest),
+            scale=self.coupling_scale / math.sqrt(self.features),
+        )
+        if bound is not None:
+            control_norm(op.project, bound)
+        return op
+
+    def _gates(self, stream: Stream) -> nn.Module:
+        linear = nn.Linear(self.features, 3 * self.hidden)
+        with torch.no_grad():
+            linear.bias.zero_()
+            linear.bias[self.hidden :] = 2.0  # gates start almost open
+        return nn.Sequential(stream, linear)
+
+    def _attention(self, share: float | None) -> Attention | LinearAttention:
+        options = {"heads": self.heads, "scale": self.coupling_scale / math.sqrt(self.features)}
+        soft = self.attention == "softmax"
+        attend: Attention | LinearAttention
+        if self.mask is None:
+            attend = (Attention if soft else LinearAttention)("tokens", self.features, **options)
+        else:
+            attend = (MaskedAttention if soft else MaskedLinearAttention)(
+                self.mask, "tokens", self.features, **options
+            )  # fmt: skip
+        if share is not None:
+            # its field has two parts, through queries and keys, each of norm |W_q||W_k|
+            for name in ("query", "key"):
+                control_norm(attend, math.sqrt(share / 2), name)
+        return attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits at equilibrium.
+
+        Args:
+            x: ``(B, *input_shape)``, floating point or symbols; any N where the system is elastic.
+
+        Raises:
+            ConfigError: for a wrong shape, dtype or device, or an empty batch.
+        """
+        self.check_input(x)
+        return self.head(self.equilibrium(x), None if self.mask is None else self.mask(x))
+
+    def check_input(self, x: Tensor) -> None:
+        if isinstance(x, Tensor) and self._other_length(x):
+            # all but the number of tokens is as it should be: what is left to check are the numbers
+            self.check_dtype(x)
+            x = x[:, :1].expand(-1, self.input_shape[0], *x.shape[2:])
+        super().check_input(x)
+
+    def _other_length(self, x: Tensor) -> bool:
+        count, *rest = self.input_shape
+        if not self.elastic or len(rest) > 1 or x.dim() != 2 + len(rest) or x.numel() == 0:
+            return False
+        return x.shape[1] != count and list(x.shape[2:]) == rest
+
+    def check_dtype(self, x: Tensor) -> None:
+        """Symbols are integer indices; images and numbers are floating point."""
+        where = type(self).__name__
+        if not self.vocabulary:
+            super().check_dtype(x)
+        elif x.is_floating_point():
+            raise ConfigError(f"{where}: expected integer symbols, got {x.dtype}; use x.long()")
+        elif x.device.type == "cpu" and not 0 <= int(x.min()) <= int(x.max()) < self.vocabulary:
+            raise ConfigError(
+                f"{where}: expected symbols in [0, {self.vocabulary}), got {int(x.min())} to {int(x.max())}; "
+                "create the system with a larger vocabulary"
+            )
+
+    def eigenvalues(self) -> Tensor:
+        r"""The decays of the state-space map at :math:`\Delta = 1`, complex ``(M, S)``, inside the unit disk."""
+        return next(m for m in self.equilibrium.modules() if isinstance(m, SSM)).eigenvalues()
+
+    def feedforward(self) -> nn.Module:
+        """The same drive and one pass of the same block, freshly drawn."""
+        return OnePass(*self.parts(), self.mask)
+
+    @abstractmethod
+    def criterion(self, logits: Tensor, y: Tensor) -> Tensor: ...
+
+
+def chunk_for(count: int) -> int:
+    """The largest divisor of ``count`` from 16 to 64, which leaves no chunk half empty; 32 where there is none."""
+    return next((c for c in range(min(64, count), 15, -1) if count % c == 0), 32)

@@ -1,0 +1,276 @@
+"""The parts of TEP-SSR: streams of tokens with padding, attention that overlooks it, dynamics of any length, heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toreq.core import SSM, Attention, Bindings, Bound, Dynamics, Energy, LinearAttention, State, VectorField
+from toreq.core.couplings import Only, _logistic, _softplus
+from toreq.core.nodes import log_sum_exp, softmax, tanh
+from toreq.errors import ConfigError, nearest
+from toreq.systems.looped_transformer import Tokens
+
+POOLS = ("mean", "last", "none")
+_HIDDEN = 1e9
+"""What the scores of padding are lowered by: enough for an exponential of exactly 0."""
+
+
+class Real(nn.Module):
+    """Which tokens are no padding, ``(B, N)``, true for those that count.
+
+    Args:
+        padding: the symbol that fills up short sequences.
+    """
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x != self.padding
+
+
+class Stream(Tokens):
+    """An input as tokens ``(B, N, D)`` of mean 0 and variance 1 each; zeros for padding.
+
+    Args:
+        input_shape: ``(C, H, W)`` for images, ``(N, F)`` for F numbers at each position, ``(N,)`` for symbols.
+        features: D.
+        patch: height and width of an image's patches (1 for its pixels), or ``"rows"``.
+        vocabulary: number of symbols; 0 for images and numbers.
+        positions: add learned positions; without, any number of tokens will do.
+        mask: tells padding; None where there is none.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        features: int,
+        patch: int | str,
+        vocabulary: int,
+        positions: bool = False,
+        mask: Real | None = None,
+    ) -> None:
+        numbers = len(input_shape) == 2 and not vocabulary
+        shape, patch = ((1, *input_shape), "rows") if numbers else (tuple(input_shape), patch)
+        super().__init__(shape, features, patch, vocabulary)
+        self.numbers, self.features, self.mask = numbers, features, mask
+        if not positions:
+            del self.position
+            self.register_buffer("position", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.layer_norm(super().forward(x[:, None] if self.numbers else x), (self.features,))
+        return out if self.mask is None else out * self.mask(x)[..., None]
+
+
+class MaskedAttention(Attention):
+    """:class:`~toreq.core.Attention` among the tokens that count.
+
+    Args:
+        mask: module mapping ``x`` to ``(B, N)``.
+        others: as for the base class.
+    """
+
+    def __init__(self, mask: nn.Module, *others: Any, **more: Any) -> None:
+        super().__init__(*others, **more)
+        self.mask = mask
+
+    def bind(self, x: Tensor) -> Bound:
+        return Bound(super().bind(x).shared, {"mask": self.mask(x).to(self.query.dtype)})
+
+    def _scores(self, q: Tensor, k: Tensor, bound: Bound) -> Tensor:
+        return self.inverse_temperature * q @ k.transpose(-1, -2) + _HIDDEN * (bound["mask"] - 1)[:, None, None]
+
+    def value(self, h: State, bound: Bound) -> Tensor:
+        scores = self._scores(*self._project(h[self.node], bound), bound)
+        return (log_sum_exp(scores) * bound["mask"][:, None]).flatten(1).sum(1) / self.inverse_temperature
+
+    def field(self, h: State, bound: Bound) -> State:
+        q, k = self._project(h[self.node], bound)
+        p = softmax(self._scores(q, k, bound)) * bound["mask"][:, None, :, None]
+        return {self.node: self._merge(p @ k, p.transpose(-1, -2) @ q, bound)}
+
+
+class MaskedLinearAttention(LinearAttention):
+    """:class:`~toreq.core.LinearAttention` among the tokens that count.
+
+    Args: as for :class:`MaskedAttention`.
+    """
+
+    def __init__(self, mask: nn.Module, *others: Any, **more: Any) -> None:
+        super().__init__(*others, **more)
+        self.mask = mask
+
+    def bind(self, x: Tensor) -> Bound:
+        return Bound(super().bind(x).shared, {"mask": self.mask(x).to(self.query.dtype)})
+
+    def value(self, h: State, bound: Bound) -> Tensor:
+        q, k = self._project(h[self.node], bound)
+        counts = bound["mask"][:, None, :, None]
+        z = (_softplus(q) * (_softplus(k) * counts).sum(-2, keepdim=True)).sum(-1)
+        # a row of padding has a sum too, unless all is padding
+        logs = torch.where(counts[..., 0] != 0, z, torch.ones_like(z)).log()
+        return (logs * counts[..., 0]).flatten(1).sum(1) / self.inverse_temperature
+
+    def field(self, h: State, bound: Bound) -> State:
+        q, k = self._project(h[self.node], bound)
+        counts = bound["mask"][:, None, :, None]
+        fq, total = _softplus(q), (_softplus(k) * counts).sum(-2, keepdim=True)
+        z = (fq * total).sum(-1, keepdim=True) * self.inverse_temperature
+        share = counts / torch.where(counts != 0, z, torch.ones_like(z))
+        dq = _logistic(q) * total * share
+        dk = _logistic(k) * counts * (fq * share).sum(-2, keepdim=True)
+        return {self.node: self._merge(dq, dk, bound)}
+
+
+class _Elastic(Dynamics):
+    r"""Dynamics of one token node ``(N, D)`` that take any N, and that may be started with a timestep encoding.
+
+    Step k < K of the start has :math:`(1 - k/K)\,e_k` added to the field, :math:`e_k` the sinusoids of k; from K on the
+    encoding is constant (zero), so the equilibrium and its gradient are those without it, and it learns nothing.
+    """
+
+    elastic: bool = False
+    encoding: int = 0
+
+    def initial(self, bindings: Bindings) -> State:
+        a = super().initial(bindings)  # type: ignore[safe-super]
+        static = self.static(bindings) if self.encoding else {}
+        for k in range(self.encoding):
+            h = self.activate(a, bindings)
+            field = self.map(h, bindings, static)
+            a = {n: t + (1 - k / self.encoding) * sinusoids(k, t) for n, t in field.items()}
+        return a
+
+    def _check_shape(self, what: str, name: str, t: Tensor, size: int) -> None:
+        if self.elastic and t.dim() == 3:
+            t = t[:, :1].expand(-1, self.shapes[name][0], -1)
+        super()._check_shape(what, name, t, size)
+
+
+class TokenEnergy(_Elastic, Energy):
+    """An energy of one token node that takes any number of tokens."""
+
+
+class CausalBlock(nn.Module):
+    r""":math:`V\tanh(S_x h + c)` with a causal S: a token hears itself and those before it.
+
+    Args:
+        op: S, from D to M features.
+        scale: standard deviation of the initial V; half of :math:`1/\sqrt M` when None.
+    """
+
+    def __init__(self, op: SSM, scale: float | None = None) -> None:
+        super().__init__()
+        (features,), (hidden,) = op.in_shape, op.out_shape
+        self.op = op
+        self.bias = nn.Parameter(torch.zeros(hidden))
+        self.out = nn.Linear(hidden, features, bias=False)
+        nn.init.normal_(self.out.weight, std=0.5 / math.sqrt(hidden) if scale is None else scale)
+
+    def bind(self, x: Any) -> Bound:
+        """All that does not depend on the state."""
+        return Bound({**self.op.tensors(), "bias": self.bias, "out": self.out.weight}, self.op.inputs(x))
+
+    def run(self, h: Tensor, bound: Bound) -> Tensor:
+        """The block at ``h``, ``(B, N, D)``."""
+        z = self.op(h, {**bound.shared, **bound.batched})
+        out = F.linear(tanh(z + bound["bias"]), bound["out"])
+        # the bias alone would move padding
+        return out * bound["mask"] if "mask" in bound.batched else out
+
+    def forward(self, h: Tensor, x: Any) -> Tensor:
+        return self.run(h, self.bind(x))
+
+
+class CausalField(_Elastic, VectorField):
+    """A :class:`CausalBlock` as a field, with what depends on the input alone computed once per relaxation."""
+
+    def _bind(self, x: Any, rounded: bool) -> Bindings:
+        assert isinstance(self.block, CausalBlock)
+        assert self.drive is not None
+        return {"block": self.block.bind(x), "drive": Bound(batched={"drive": self.drive(x)})}
+
+    def field(self, h: State, bindings: Bindings, static: State | None = None, only: Only = None) -> State:
+        assert isinstance(self.block, CausalBlock)
+        static = self.static(bindings) if static is None else static
+        (name,) = self.names
+        own = torch.zeros_like(h[name]) if self.muted else h[name]
+        out = self.block.run(own, bindings["block"])
+        return {name: out + static[name] if name in static else out}
+
+
+def sinusoids(step: int, like: Tensor) -> Tensor:
+    """The encoding of a step (Vaswani et al. 2017), ``(D,)`` for a tensor ``(..., D)``: sines, then cosines."""
+    features = like.shape[-1]
+    half = -(-features // 2)
+    place = torch.arange(half, device=like.device, dtype=torch.float64)
+    angle = step * torch.exp(place * (-math.log(10_000.0) / max(half - 1, 1)))
+    return torch.cat([angle.sin(), angle.cos()])[:features].to(like)
+
+
+class Reader(nn.Module):
+    """A linear read-out of tokens ``(B, N, D)``.
+
+    Args:
+        count, features: N and D.
+        num_classes: number of logits.
+        pool: ``"mean"`` reads the mean of the tokens that count, ``"last"`` the last one of these, ``"none"`` all with
+            weights of their own, ``"tokens"`` each by itself: ``(B, N, num_classes)``.
+
+    Raises:
+        ConfigError: for another pool.
+    """
+
+    def __init__(self, count: int, features: int, num_classes: int, pool: str) -> None:
+        super().__init__()
+        if pool not in (*POOLS, "tokens"):
+            raise ConfigError(f"TEPSSR: expected pool in {POOLS}, got {pool!r}; {nearest(pool, POOLS)}")
+        self.pool = pool
+        self.linear = nn.Linear(count * features if pool == "none" else features, num_classes)
+
+    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            h = h * mask[..., None]
+        if self.pool == "none":
+            h = h.flatten(1)
+        elif self.pool == "mean":
+            h = h.mean(1) if mask is None else h.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        elif self.pool == "last":
+            h = h[:, -1] if mask is None else h[torch.arange(len(h), device=h.device), _last(mask)]
+        return self.linear(h)
+
+
+def _last(mask: Tensor) -> Tensor:
+    """Where the last true of each row is, ``(B,)``."""
+    place = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, place, 0).amax(1)
+
+
+class OnePass(nn.Module):
+    """The same drive and one pass of the same block, for ordinary backprop.
+
+    Args:
+        dynamics: of one token node.
+        head: its read-out.
+        mask: tells padding; None where there is none.
+    """
+
+    def __init__(self, dynamics: Dynamics, head: Reader, mask: Real | None) -> None:
+        super().__init__()
+        self.dynamics, self.head, self.mask = dynamics, head, mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.dynamics
+        bindings = own.bind(x)
+        static = own.static(bindings)
+        h = own.activate(static, bindings)
+        (out,) = own.activate(own.map(h, bindings, static), bindings).values()
+        return self.head(out, None if self.mask is None else self.mask(x))
