@@ -6,11 +6,15 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from toreq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from toreq.memory.geometry import TorusGeometry
 
 Address = Tensor | Sequence[float] | None
 """Coordinates on the addressed axes in units of slots: ``(A - 1,)`` for all examples, ``(B, A - 1)``, or, for several
@@ -175,22 +179,24 @@ class TorusMemory:
         rows[state.head] = placed(rows[state.head])
         return MemoryState(tuple(rows), state.head, placed(state.fading))
 
-    def read(self, state: MemoryState, address: Address = None) -> Tensor:
+    def read(self, state: MemoryState, address: Address = None, geometry: TorusGeometry | None = None) -> Tensor:
         r"""What the torus recalls at an address.
 
         Args:
             state: of B examples.
             address: ``(A - 1,)`` or ``(B, A - 1)``, or ``(B, Q, A - 1)`` for Q reads at once.
+            geometry: metric of the addressed axes; the kernel then is :math:`e^{-d}` of its geodesic distance for the
+                product over the axes, see :meth:`geometry`.
 
         Returns:
             ``(B, F)``, or ``(B, Q, F)``.
 
         Raises:
-            ConfigError: for an address of another shape, or an address that is not finite.
+            ConfigError: for an address or geometry of another shape, or an address that is not finite.
         """
         at = self._wrapped("TorusMemory.read", state, address, queries=True)
         held = state.fading.flatten(1, -2) if self.sizes else state.fading[:, None]
-        weights = self.kernel(at)
+        weights = self.kernel(at) if geometry is None else self._geodesic(at, geometry)
         out = weights.to(held.dtype) @ held
         several = isinstance(address, Tensor) and address.dim() == 3
         return out if several else out[:, 0]
@@ -204,6 +210,28 @@ class TorusMemory:
             axis = (self.opening[i] * math.log(self.decay[i + 1]) * distance).exp()
             weights = (weights[..., :, None] * axis[..., None, :]).flatten(-2)
         return weights
+
+    def geometry(self, phi: Tensor | None = None) -> TorusGeometry:
+        r"""A conformal geometry of the addressed axes in which the flat kernel of one axis is :math:`e^{-d}`.
+
+        Axis i is :math:`n_i g_i|\log\rho_i|` long. With several axes the flat geodesic kernel is round where the
+        product kernel is not: it decays with the Euclidean distance, and not with the sum over the axes.
+
+        Args:
+            phi: logarithm of the metric's scale at each slot, ``(n_2, ..., n_A)``; flat when None.
+
+        Raises:
+            ConfigError: for a ring, or an axis that is not open.
+        """
+        from toreq.memory.geometry import TorusGeometry
+
+        if not self.sizes or not all(g > 0 for g in self.opening):
+            raise ConfigError(
+                f"TorusMemory.geometry: expected addressed axes that are open, got sizes {self.sizes} with openings "
+                f"{self.opening}; open them, or read without a geometry"
+            )
+        each = zip(self.sizes, self.opening, self.decay[1:], strict=True)
+        return TorusGeometry(self.sizes, phi, tuple(-n * g * math.log(rho) for n, g, rho in each))
 
     def opened(self, axis: int, opening: float) -> TorusMemory:
         """The same torus with another opening of one addressed axis (1: the second axis of the torus)."""
@@ -282,3 +310,11 @@ class TorusMemory:
             index.append(flat)
             weight.append(part)
         return torch.stack(index, 1), torch.stack(weight, 1)
+
+    def _geodesic(self, at: Tensor, geometry: TorusGeometry) -> Tensor:
+        if geometry.shape != self.sizes:
+            raise ConfigError(
+                f"TorusMemory.read: expected a geometry of the addressed axes {self.sizes}, got {geometry.shape}; "
+                "take memory.geometry(phi)"
+            )
+        return geometry.kernel(at.flatten(0, 1)).reshape(*at.shape[:2], -1)
