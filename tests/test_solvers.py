@@ -381,4 +381,4 @@ def test_unknown_options_are_refused_and_names_are_listed() -> None:
         FixedPoint(order="sideways")  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
         FixedPoint().damping = 0.5  # type: ignore[misc]
-    assert solvers.names() == ["anderson", "coarsetofine", "fixedpoint"]
+    assert solvers.names() == ["anderson", "coarsetofine", "fixedpoint", "langevin", "spiking"]

@@ -11,12 +11,14 @@ from toreq.solvers.langevin import Langevin
 from toreq.solvers.multiscale import CoarseToFine
 from toreq.solvers.problem import Problem, Relaxation
 from toreq.solvers.solution import Solution, Step, Trace
+from toreq.solvers.spiking import Spiking, SpikingSolution
 
 REGISTRY: dict[str, type[Solver]] = {
     "fixedpoint": FixedPoint,
     "anderson": Anderson,
     "coarsetofine": CoarseToFine,
     "langevin": Langevin,
+    "spiking": Spiking,
 }
 
 
@@ -51,6 +53,8 @@ __all__ = [
     "Relaxation",
     "Solution",
     "Solver",
+    "Spiking",
+    "SpikingSolution",
     "Step",
     "Trace",
     "create",
