@@ -285,7 +285,7 @@ def test_a_chunk_too_long_for_its_decay_is_shortened_and_said() -> None:
             t = _tensors(narrow, x.to(dtype))
         assert t["inject"].shape[3] // t["turn"].shape[3] < 32
         wanted = torch.einsum(
-            "bmij,md,bjd->bim", _matrices(op.double(), x), op.project.weight.detach(), _draw(64, D, 2)
+            "bmij,md,bjd->bim", _matrices(op.double(), x), op.project.weight.detach(), _draw(40, D, 2)
         )
         tolerance = 2e-5 if dtype == torch.float32 else 1e-11
         found = op.to(dtype)(_draw(40, D, 2).to(dtype), t).double()

@@ -17,7 +17,7 @@ from toreq.errors import ConfigError
 _REACH = {torch.float64: 640.0}
 """Logarithm of what a chunk's factors may span; they are centred, so that each is at most the root of that."""
 _USUAL_REACH = 80.0
-_RESTING = math.log(math.e - 1)
+RESTING = math.log(math.e - 1)
 """Where softplus is 1: the step size of a gate that says nothing."""
 
 
@@ -160,7 +160,7 @@ class SSM(Operator):
                 f"nn.Linear(..., {3 * channels})"
             )
         step, gate_in, gate_out = raw.split(channels, -1)
-        return F.softplus(step + _RESTING), gate_in.sigmoid(), gate_out.sigmoid()
+        return F.softplus(step + RESTING), gate_in.sigmoid(), gate_out.sigmoid()
 
     def _factors(self, steps: tuple[Tensor, Tensor, Tensor], mask: Tensor | None) -> Tensors:
         """The factors of :func:`~toreq.core.scan.factored` for these steps and gates."""
