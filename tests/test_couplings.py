@@ -317,3 +317,29 @@ def test_bad_input() -> None:
     with pytest.raises(ConfigError, match="noise redrawn at every step"):
         Residual(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), "a", source="a", inject=False)
     Residual(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.0)), "a", source="a", inject=False)
+
+
+@pytest.mark.parametrize("name", ["attention", "spring"])
+def test_contrasts_of_close_states_keep_their_digits_in_float32(name: str) -> None:
+    """Weighted by 1/beta, as an estimator does; by autograd of two values most digits are lost."""
+    case = next(n for n in NAMES if n.startswith(name))
+    coupling, shapes, inputs = _make(case)
+    coupling.float()
+    minus = {n: t.float() for n, t in _draw(shapes, 1).items()}
+    plus = {n: t + 1e-4 * _draw(shapes, 2)[n].float() for n, t in minus.items()}
+    weight = torch.tensor([0.7, -1.3, 2.1])
+    x = torch.randn(B, *inputs, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        bound = coupling.bind(x)
+        wide = bound.map(torch.Tensor.double, torch.Tensor.double)
+
+        def error(found: dict[str, Tensor], key: str) -> float:
+            exact = Coupling.gradient(
+                coupling, {n: t.double() for n, t in plus.items()}, {n: t.double() for n, t in minus.items()},
+                weight.double(), wide,
+            )[key]  # fmt: skip
+            return float((found[key].double() - exact).norm() / exact.norm())
+
+        key = "qk" if name == "attention" else "strength"
+        assert error(coupling.gradient(plus, minus, weight, bound), key) < 1e-5
+        assert error(Coupling.gradient(coupling, plus, minus, weight, bound), key) > 1e-4

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from toreq.core.couplings import Coupling, _logistic, _softplus
 from toreq.core.nodes import log_sum_exp, softmax
-from toreq.core.state import Bound, State
+from toreq.core.state import Bound, State, per_example
 from toreq.errors import ConfigError
 
 
@@ -83,6 +83,27 @@ class Attention(_Heads):
         q, k = self._project(h[self.node], bound)
         p = softmax(self.inverse_temperature * q @ k.transpose(-1, -2))
         return {self.node: self._merge(p @ k, p.transpose(-1, -2) @ q, bound)}
+
+    def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
+        if plus[self.node].is_complex():
+            return super().gradient(plus, minus, weight, bound)
+        # every quantity as its mean and its difference over the two states: differences are formed before products, so
+        # that a small nudge loses no digits
+        d, m = plus[self.node] - minus[self.node], torch.lerp(plus[self.node], minus[self.node], 0.5)
+        (dq, dk), (mq, mk) = self._project(d, bound), self._project(m, bound)
+        b = self.inverse_temperature
+        logits = b * (mq @ mk.transpose(-1, -2) + 0.25 * dq @ dk.transpose(-1, -2))
+        change = b * (mq @ dk.transpose(-1, -2) + dq @ mk.transpose(-1, -2))
+        low = (logits - 0.5 * change).softmax(-1)
+        dp = low * (change - torch.log1p((low * change.expm1()).sum(-1, keepdim=True))).expm1()
+        mp = low + 0.5 * dp
+        dp_t, mp_t = dp.transpose(-1, -2), mp.transpose(-1, -2)
+        # of the fields on queries and keys, p k and p^T q
+        df = torch.stack([dp @ mk + mp @ dk, dp_t @ mq + mp_t @ dq])
+        mf = torch.stack([mp @ mk + 0.25 * dp @ dk, mp_t @ mq + 0.25 * dp_t @ dq])
+        fields = torch.cat([df, mf], 1).permute(1, 3, 0, 2, 4).flatten(2)
+        states = torch.cat([m * per_example(weight, m), d * per_example(weight, d)])
+        return {"qk": fields.flatten(0, 1).T @ states.flatten(0, 1)}
 
 
 class LinearAttention(_Heads):

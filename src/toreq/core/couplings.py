@@ -365,6 +365,18 @@ class Spring(Coupling):
         tensors = {k: v for k, v in bound.shared.items() if k != "strength"}
         return {self.a: -pull, self.b: self.op.adjoint(pull, tensors)}
 
+    def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
+        d, m = difference(plus, minus), mean(plus, minus)
+        de, me = self._stretch(d, bound), self._stretch(m, bound)
+        wde = de * per_example(weight, de)
+        grads = {"strength": -dot(wde, me).sum()}
+        tensors = {k: v for k, v in bound.shared.items() if k != "strength"}
+        if tensors:
+            wme = me * per_example(weight, me)
+            pulls = bound["strength"] * torch.cat([wde, wme])
+            grads |= self.op.gradient(pulls, torch.cat([m[self.b], d[self.b]]), tensors)
+        return grads
+
     def stiffness(self, bound: Bound) -> State:
         # the middle of the spectrum of A^T A: what is left of it then converges fastest
         middle = 0.0 if self.op.gram is None else sum(self.op.gram) / 2
