@@ -210,17 +210,18 @@ def test_errors_that_grow_on_their_way_down_stay_small() -> None:
 @pytest.mark.parametrize("kind", [OneSided, Centered])
 def test_a_nudged_chain_settles_in_error_coordinates(kind: type[OneSided | Centered]) -> None:
     """Where a plain iteration of the whole energy does not contract; judged by its field."""
-    layer, x = _chain(8), _input()
-    v = _cotangent(layer, x)
+    layer, x = Equilibrium(_chain(8).dynamics, Forward(), readout=("h4", "h8")), _input()
+    v = {n: 0.1 * torch.randn(t.shape, dtype=t.dtype) for n, t in layer(x).items()}
     layer.estimator = kind(beta=1e-3, tolerance=1e-12)
     found = layer.solve_nudged(x, v)
     assert bool(found.converged.all())
     assert layer.last.nudged is not None
     assert layer.last.nudged.beta is not None
     signs = (-1, 1) if kind is Centered else (-1,)
-    force = torch.cat([s * layer.last.nudged.beta for s in signs])[:, None, None] * v.repeat(len(signs), 1, 1)
+    size = torch.cat([s * layer.last.nudged.beta for s in signs])[:, None, None]
     field = layer.dynamics.field(found.h, layer.dynamics.bind(x.repeat(len(signs), 1, 1)))
-    field["h8"] = field["h8"] + force
+    for n, t in v.items():
+        field[n] = field[n] + size * t.repeat(len(signs), 1, 1)
     rest = layer.solve(x).h
     for n, h in found.h.items():
         moved = float((h[: len(x)] - rest[n]).norm())
