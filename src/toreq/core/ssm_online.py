@@ -18,7 +18,8 @@ class OnlineSSM:
     2023),
 
     .. math:: e_t = a_t e_{t-1} + \frac{\partial a_t}{\partial\theta} s_{t-1} +
-              \frac{\partial (b_t v_t)}{\partial\theta}, \qquad \frac{dL}{d\theta} = \sum_t\Bigl[\frac{\partial L_t}{\partial\theta} +
+              \frac{\partial (b_t v_t)}{\partial\theta}, \qquad
+              \frac{dL}{d\theta} = \sum_t\Bigl[\frac{\partial L_t}{\partial\theta} +
               \mathrm{Re}\,\overline{\frac{\partial L_t}{\partial s_{t-1}}}\,e_{t-1}\Bigr]
 
     and nothing that was computed for an earlier token is kept: memory is B S M (D + ...) numbers at any length.

@@ -45,9 +45,9 @@ class TEPSSR(System):
     .. math:: E = \langle a, h\rangle - \Phi_{LN}(a) - \langle h, \mathrm{embed}(x)\rangle
               - \sum\log\cosh(S_x h + c) - K_{\mathrm{attention}}(h)
 
-    with :math:`h = \mathrm{LN}(a)` and :math:`S_x` an :class:`~toreq.core.SSM` over the tokens, linear in h. The
-    potential's field :math:`S_x^\top\tanh(S_x h + c)` is a forward scan, a nonlinearity and a reversed scan: every
-    token hears every other one in O(N).
+    with :math:`h = \mathrm{LN}(a)`, of gain 1, and :math:`S_x` an :class:`~toreq.core.SSM` over the tokens, linear in
+    h. The potential's field :math:`S_x^\top\tanh(S_x h + c)` is a forward scan, a nonlinearity and a reversed scan:
+    every token hears every other one in O(N).
 
     Subclasses say what is read out. With ``positions=False`` and no token-wise weights in the read-out any number of
     tokens will do, whatever ``input_shape`` says.
@@ -151,7 +151,10 @@ class TEPSSR(System):
 
     def node(self, stream: Stream) -> Node:
         """The tokens."""
-        return Node("tokens", (stream.count, self.features), LayerNorm(self.features))
+        norm = LayerNorm(self.features)
+        # learned, it grows, and the relaxation's Jacobian with it beyond what the norms bound
+        norm.log_gain.requires_grad_(False)
+        return Node("tokens", (stream.count, self.features), norm)
 
     def state_space(self, stream: Stream, bound: float | None) -> SSM:
         """A state-space map of norm at most ``bound``, whose gates read what drives the tokens."""

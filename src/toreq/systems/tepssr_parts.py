@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toreq.core import SSM, Attention, Bindings, Bound, Dynamics, Energy, LinearAttention, State, VectorField
+from toreq.core import SSM, Attention, Bindings, Bound, Coupling, Dynamics, Energy, LinearAttention, State, VectorField
 from toreq.core.couplings import Only, _logistic, _softplus
 from toreq.core.nodes import log_sum_exp, softmax, tanh
 from toreq.errors import ConfigError, nearest
@@ -97,6 +97,10 @@ class MaskedAttention(Attention):
         p = softmax(self._scores(q, k, bound)) * bound["mask"][:, None, :, None]
         return {self.node: self._merge(p @ k, p.transpose(-1, -2) @ q, bound)}
 
+    def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
+        # by autograd of the value: a closed form of the base class knows no mask
+        return Coupling.gradient(self, plus, minus, weight, bound)
+
 
 class MaskedLinearAttention(LinearAttention):
     """:class:`~toreq.core.LinearAttention` among the tokens that count.
@@ -128,6 +132,10 @@ class MaskedLinearAttention(LinearAttention):
         dq = _logistic(q) * total * share
         dk = _logistic(k) * counts * (fq * share).sum(-2, keepdim=True)
         return {self.node: self._merge(dq, dk, bound)}
+
+    def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
+        # as for MaskedAttention
+        return Coupling.gradient(self, plus, minus, weight, bound)
 
 
 class _Elastic(Dynamics):
