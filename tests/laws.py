@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from toreq.core import Bilinear, Dense, Drive, Energy, Identity, Lateral, Node, Tanh
-from toreq.core.state import repeated
+from toreq.core.state import State, repeated
+from toreq.solvers import Relaxation
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,13 @@ def gaussian(seed: int = 0) -> Energy:
         for p in energy.couplings[0].parameters():
             p.copy_(torch.randn(p.shape, generator=g))
     return energy
+
+
+def relaxation(energy: Energy, x: Tensor, chains: int) -> tuple[Relaxation, State]:
+    """The network bound to as many copies of one input, and the start of a layer."""
+    with torch.no_grad():
+        bindings = energy.bind(x.expand(chains, -1))
+        return Relaxation(energy, bindings), energy.initial(bindings)
 
 
 def hessian(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:

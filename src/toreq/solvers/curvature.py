@@ -10,13 +10,13 @@ from torch import Tensor
 
 from toreq.core.energy import Energy
 from toreq.core.nodes import Identity
-from toreq.core.state import State, take
+from toreq.core.state import State, stacked, take
 from toreq.errors import ConfigError, DivergenceError
 from toreq.solvers.problem import Relaxation
 
 PROBED = 8
 """Examples of a batch on which the curvature is measured."""
-PRODUCTS = 20
+PRODUCTS = 12
 """Most products with the Hessian at one point."""
 
 
@@ -36,16 +36,16 @@ def check_step(problem: Relaxation, a: State, temperature: float, step_size: flo
         ConfigError: for a step at or above the limit.
         DivergenceError: where the couplings are linear and the energy falls in some direction of the identity nodes.
     """
-    problem, a = _probed(problem, a)
     assert isinstance(problem.dynamics, Energy)
-    energy = problem.dynamics
+    energy, every = problem.dynamics, frozenset(a)
     unbounded = frozenset(n for n in a if isinstance(energy.activation(n), Identity))
-    points = [a]
+    # with linear couplings between identity nodes the Hessian is the same everywhere
+    uniform = energy.linear and unbounded == every
+    problem, points = _probed(problem, [a] if uniform else [a, {n: torch.zeros_like(t) for n, t in a.items()}])
+    found = [_ritz(problem, point, temperature, every) for point in points]
     if energy.linear and unbounded:
-        _check_confined(problem, a, temperature, unbounded)
-    if not (energy.linear and unbounded == frozenset(a)):  # else the Hessian is the same everywhere
-        points.append({n: torch.zeros_like(t) for n, t in a.items()})
-    largest = max(float(_ritz(problem, point, temperature, frozenset(a))[:, -1].max()) for point in points)
+        _check_confined(found[0] if uniform else _ritz(problem, points[0], temperature, unbounded), unbounded)
+    largest = max(float(values[:, -1].max()) for values in found)
     if not largest > 0 or not math.isfinite(largest):
         return math.inf
     limit = 2 / largest
@@ -57,8 +57,8 @@ def check_step(problem: Relaxation, a: State, temperature: float, step_size: flo
     return limit
 
 
-def _check_confined(problem: Relaxation, a: State, temperature: float, unbounded: frozenset[str]) -> None:
-    least = float(_ritz(problem, a, temperature, unbounded)[:, 0].min())
+def _check_confined(curvatures: Tensor, unbounded: frozenset[str]) -> None:
+    least = float(curvatures[:, 0].min())
     if least <= 0:
         raise DivergenceError(
             f"Langevin: expected an energy that grows in every direction of the identity nodes {sorted(unbounded)}, "
@@ -67,13 +67,12 @@ def _check_confined(problem: Relaxation, a: State, temperature: float, unbounded
         )
 
 
-def _probed(problem: Relaxation, a: State) -> tuple[Relaxation, State]:
-    first = next(iter(a.values()))
-    if first.shape[0] <= PROBED:
-        return problem, a
-    index = torch.arange(PROBED, device=first.device)
-    part = problem.selected(index)
-    return (problem, a) if part is None else (part, take(a, index))
+def _probed(problem: Relaxation, points: list[State]) -> tuple[Relaxation, list[State]]:
+    """The first examples at all points as one batch, where the problem can be cut; else everything, point by point."""
+    first = next(iter(points[0].values()))
+    index = torch.arange(min(PROBED, first.shape[0]), device=first.device)
+    part = problem.selected(index.repeat(len(points)))
+    return (problem, points) if part is None else (part, [stacked(*(take(point, index) for point in points))])
 
 
 def gradient(problem: Relaxation, a: State, temperature: float) -> State:
