@@ -241,7 +241,8 @@ def test_a_schedule_is_not_run_again_for_the_nudged_chains() -> None:
     )
     layer = Equilibrium(one_unit(), solver, Thermal(beta=1e-6, burn_in=5))
     solution = layer.solve_nudged(X1.expand(6, -1), torch.ones(6, 1, dtype=torch.float64))
-    settled = Equilibrium(one_unit(), Anderson(tolerance=1e-10))(X1)
+    with torch.no_grad():
+        settled = Equilibrium(one_unit(), Anderson(tolerance=1e-10))(X1)
     assert float((solution.h["h"] - settled).abs().max()) < 0.01
 
 
