@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Coupling(Picklable, ABC):
         super().__init__()
         self.nodes = tuple(dict.fromkeys(nodes))
 
-    def bind(self, x: Tensor) -> Bound:
+    def bind(self, x: Any) -> Bound:
         """Everything that depends on weights and input only, computed once per relaxation."""
         return Bound()
 
@@ -118,7 +119,7 @@ class Drive(Coupling):
         self.node = node
         self.module = module
 
-    def bind(self, x: Tensor) -> Bound:
+    def bind(self, x: Any) -> Bound:
         return Bound(batched={"drive": self.module(x)})
 
     def value(self, h: State, bound: Bound) -> Tensor:
@@ -156,7 +157,7 @@ class Bilinear(Coupling):
             raise ConfigError(f"Bilinear: expected two different nodes, got {pre!r} twice; use Lateral(op, {pre!r})")
         self.op, self.pre, self.post = op, pre, post
 
-    def bind(self, x: Tensor) -> Bound:
+    def bind(self, x: Any) -> Bound:
         return _op_bound(self.op)
 
     def value(self, h: State, bound: Bound) -> Tensor:
@@ -203,7 +204,7 @@ class Lateral(Coupling):
             raise ConfigError(f"Lateral: expected a symmetric operator, got {op}; pass symmetric=True to it")
         self.op, self.node, self.gate = op, node, gate
 
-    def bind(self, x: Tensor) -> Bound:
+    def bind(self, x: Any) -> Bound:
         return Bound(self.op.tensors(), {} if self.gate is None else {"gate": self.gate(x)})
 
     def _gated(self, h: State, bound: Bound) -> Tensor:
@@ -265,7 +266,7 @@ class Potential(Coupling):
         self.analytic = phi != "relu2"
         self.bias = nn.Parameter(torch.zeros(op.out_shape)) if bias else None
 
-    def bind(self, x: Tensor) -> Bound:
+    def bind(self, x: Any) -> Bound:
         bound = _op_bound(self.op, x, self.drive)
         bound.batched.update(self.op.inputs(x))
         if self.bias is not None:
@@ -350,7 +351,7 @@ class Spring(Coupling):
         self.a, self.b, self.op = a, b, op
         self.log_strength = nn.Parameter(torch.tensor(strength).log(), requires_grad=learnable)
 
-    def bind(self, x: Tensor) -> Bound:
+    def bind(self, x: Any) -> Bound:
         return Bound(shared={**self.op.tensors(), "strength": self.log_strength.exp()})
 
     def _stretch(self, h: State, bound: Bound) -> Tensor:
