@@ -16,7 +16,7 @@ from toreq.core.couplings import Coupling, Drive, Only
 from toreq.core.levels import check_levels, check_operator
 from toreq.core.nodes import Activation, Identity, Node
 from toreq.core.residual import Residual
-from toreq.core.state import Bindings, Bound, State, added, leaves, with_leaves
+from toreq.core.state import Bindings, Bound, State, added, at_least_float, leaves, norm, with_leaves
 from toreq.errors import ConfigError, nearest
 
 Terms = list[tuple[Coupling, Bound]]
@@ -68,7 +68,7 @@ class Dynamics(nn.Module, ABC):
         """
         out = {f"node_{n}": self.activation(n).bind() for n in self.names}
         out.update(self._bind(x, rounded))
-        return {k: b.map(_full_precision, _full_precision) for k, b in out.items()}
+        return {k: b.map(at_least_float, at_least_float) for k, b in out.items()}
 
     @abstractmethod
     def _bind(self, x: Any, rounded: bool) -> Bindings: ...
@@ -79,12 +79,16 @@ class Dynamics(nn.Module, ABC):
 
     def increment(self, a: State, origin: tuple[State, State], bindings: Bindings) -> State:
         r""":math:`\sigma(a) - h_0` for every node, ``origin`` being :math:`(a_0, h_0 = \sigma(a_0))`."""
-        at, h = origin
-        return {n: self.activation(n).increment(t, at[n], h[n], bindings[f"node_{n}"]) for n, t in a.items()}
+        (b, h), bound = origin, {n: bindings[f"node_{n}"] for n in a}
+        return {n: self.activation(n).increment(t, b[n], h[n], bound[n]) for n, t in a.items()}
 
     def derivative(self, a: State, h: State, w: State, bindings: Bindings) -> State:
         r""":math:`\sigma'(a)\,w` for the nodes of ``w``."""
         return {n: self.activation(n).derivative(a[n], h[n], t, bindings[f"node_{n}"]) for n, t in w.items()}
+
+    def response_size(self, a: State, h: State, v: State, bindings: Bindings) -> Tensor:
+        """About how far a unit of the force v in h moves each example, ``(B,)``: before the couplings spread it."""
+        return norm(self.derivative(a, h, v, bindings))
 
     def static(self, bindings: Bindings) -> State:
         """The part of the field that no state enters (the drives), per node; nodes without one are missing."""
@@ -186,11 +190,6 @@ def _grad(total: Any, flat: list[Tensor]) -> list[Tensor | None]:
         return [None] * len(flat)
     grads = iter(torch.autograd.grad(total, wanted, allow_unused=True))
     return [next(grads) if t.requires_grad else None for t in flat]
-
-
-def _full_precision(t: Tensor) -> Tensor:
-    # under autocast or half-precision weights the drive arrives in few digits; a contrast of equilibria needs them
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 class Energy(Dynamics):

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from toreq.core.couplings import Only
 from toreq.core.energy import Energy
 from toreq.core.nodes import Identity, Node
 from toreq.core.residual import Residual, forward_order
-from toreq.core.state import Bindings, State, added
+from toreq.core.state import Bindings, State, added, norm
 from toreq.errors import ConfigError
 
-RESPONSE = 1e-5
+RESPONSE = 3e-5
 """Relative response for contrasts of a chain."""
 
 
@@ -79,6 +80,10 @@ class PredictionEnergy(Energy):
                 assert message is not None
                 pending[c.source] = pending[c.source] + message if c.source in pending else message
         return {n: out[n] for n in self.names}
+
+    def response_size(self, a: State, h: State, v: State, bindings: Bindings) -> Tensor:
+        """On a chain or tree the size of all errors that the force causes, which may grow on their way down."""
+        return super().response_size(a, h, v, bindings) if self.order is None else norm(self.errors(h, bindings, v))
 
     def forward_from(self, eps: State, bindings: Bindings) -> State:
         r"""On a chain or tree the states :math:`h_l = f_l(h_{l-1}) + \epsilon_l`, in one sweep.

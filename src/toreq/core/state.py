@@ -153,3 +153,9 @@ def difference(a: State, b: State) -> State:
 def mean(a: State, b: State) -> State:
     """Node by node ``(a + b) / 2``."""
     return {k: torch.lerp(t, b[k], 0.5) for k, t in a.items()}
+
+
+def at_least_float(t: Tensor) -> Tensor:
+    """Half precision as float32: under autocast or with half-precision weights a drive arrives in few digits, and a
+    contrast of equilibria needs them."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t

@@ -215,14 +215,17 @@ class Contrastive(Estimator):
         """The relative response that is aimed at."""
         return self.beta if self.beta is not None else dynamics.response or self.usual
 
+    def reach(self, free: FreePhase, v: State) -> Tensor:
+        """About how far the state moves per unit of nudge, ``(B,)``."""
+        return free.dynamics.response_size(free.a, free.h, v, free.bindings)
+
     def betas(self, free: FreePhase, v: State) -> Tensor:
         """Beta of each example, ``(B,)``, always above 0."""
         first = next(iter(free.a.values()))
         if self.nudge != "relative":
             size = self.usual if self.beta is None else self.beta
             return torch.full((first.shape[0],), size, dtype=first.dtype, device=first.device)
-        # the response to first order, before the couplings spread it
-        direct = norm(free.dynamics.derivative(free.a, free.h, v, free.bindings))
+        direct = self.reach(free, v)
         # where no unit can respond at once (all saturated) the cotangent itself sets the scale
         direct = torch.where(direct > 0, direct, norm(v))
         beta = self.aim(free.dynamics) * norm(free.h) / direct

@@ -48,7 +48,7 @@ class NonConservative(Paired):
 
     def aim(self, dynamics: Dynamics) -> float:
         # what is contrasted here are states, which lose digits that an energy near zero keeps
-        return super().aim(dynamics) * (10 if self.beta is None and dynamics.response else 1)
+        return super().aim(dynamics) * (3 if self.beta is None and dynamics.response else 1)
 
     def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:
         pair = self.calibrated(free, nudge, record)

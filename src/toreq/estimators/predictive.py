@@ -175,6 +175,10 @@ class Predictive(Contrastive):
             "nothing else; use Centered, or build the network of Residual couplings",
         )
 
+    def reach(self, free: FreePhase, v: State) -> Tensor:
+        # the errors themselves are about to be computed, and are then brought to the aimed size
+        return norm(v)
+
     def betas(self, free: FreePhase, v: State) -> Tensor:
         beta = super().betas(free, v)
         return beta if self.nudge != "relative" else torch.exp2(torch.floor(torch.log2(beta)))
