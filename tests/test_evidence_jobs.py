@@ -110,7 +110,7 @@ def started(tmp_path: Path) -> subprocess.Popen[str]:
 def test_a_signal_stops_the_workers_and_keeps_what_is_done(tmp_path: Path, number: signal.Signals) -> None:
     process = started(tmp_path)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=180)
     assert "stopped after 1 of 3 runs, which are kept" in said
     runs = json.loads((tmp_path / "X1-full.json").read_text())["runs"]
     assert [(r["side"], r["seed"]) for r in runs] == [(OURS, 0)]
@@ -122,7 +122,7 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) >= 2
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     deadline = time.monotonic() + 60
     while any(alive(pid) for pid in children):
         assert time.monotonic() < deadline
