@@ -87,8 +87,11 @@ def test_failures_on_ray_are_reported(tmp_path: Path) -> None:
 def started(tmp_path: Path) -> subprocess.Popen[str]:
     """A run whose first side and seed is done, and whose two workers sleep over the others."""
     code = (
-        "from pathlib import Path\nfrom evidence_claims import make, sleepy\nfrom toreq.evidence import run\n"
+        "import signal\nfrom pathlib import Path\n"
+        "from evidence_claims import make, sleepy\nfrom toreq.evidence import run\n"
         "if __name__ == '__main__':\n"
+        # a shell starts what it puts into the background with interrupts ignored
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"    run([make(sleepy, ('ours',))], results=Path({str(tmp_path)!r}), jobs=2)\n"
     )
     script = tmp_path / "script.py"
