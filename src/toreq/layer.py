@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from toreq.core.couplings import SelfCoupling
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.nodes import Identity, Node
+from toreq.core.quadratic import SelfCoupling
 from toreq.core.residual import Residual
 from toreq.core.spectral import relaxation_radius
 from toreq.core.state import Bindings, State, detached, leaves

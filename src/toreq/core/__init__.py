@@ -2,7 +2,7 @@
 
 from toreq.core.attention import Attention, LinearAttention
 from toreq.core.convolution import Conv
-from toreq.core.couplings import Bilinear, Coupling, Drive, Lateral, Potential, SelfCoupling, Spring
+from toreq.core.couplings import Bilinear, Coupling, Drive, Lateral, Potential
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.nodes import (
     Activation,
@@ -17,6 +17,7 @@ from toreq.core.nodes import (
 )
 from toreq.core.norm_control import NormControl, control_norm
 from toreq.core.operators import Circulant, Dense, IdentityOperator, Operator, Resample
+from toreq.core.quadratic import SelfCoupling, Spring
 from toreq.core.resampling import Adjoint, Replicate
 from toreq.core.residual import Residual
 from toreq.core.ssm import SSM

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from toreq.core.couplings import Bilinear, Coupling, Spring
+from toreq.core.couplings import Bilinear, Coupling
 from toreq.core.operators import Operator
+from toreq.core.quadratic import Spring
 from toreq.errors import ConfigError
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from toreq.core.convolution import Conv
-from toreq.core.couplings import Bilinear, Coupling, Drive, Lateral, SelfCoupling
+from toreq.core.couplings import Bilinear, Coupling, Drive, Lateral
 from toreq.core.energy import Energy
 from toreq.core.operators import Dense, IdentityOperator, Operator
+from toreq.core.quadratic import SelfCoupling
 from toreq.core.state import Bindings, Bound, State, added
 from toreq.errors import ConfigError
 from toreq.solvers.spiking import Spiking, SpikingSolution

@@ -9,10 +9,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from toreq.core.couplings import Only, Spring
+from toreq.core.couplings import Only
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.implicit import slope, solve_implicit
 from toreq.core.operators import Operator
+from toreq.core.quadratic import Spring
 from toreq.core.resampling import Replicate
 from toreq.core.state import Bindings, State, added, difference, dot, halves, norm, selected, take
 
