@@ -90,7 +90,7 @@ def _samples_per_second(config: Any) -> float:
     from toreq import training
 
     data = training.prepare(dataclasses.replace(config, limit_train=config.batch_size, limit_test=1), "cpu")
-    net = training.build(config, data.input_shape, data.num_classes)
+    net = training.build(config, data.input_shape, data.num_classes, data.train_x)
     seconds = 0.0
     for model in (net, net.feedforward()):
         started = 0.0

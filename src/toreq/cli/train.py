@@ -68,6 +68,8 @@ class Train:
     """Shear every training image by up to this share."""
     flip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Mirror training images left to right, half of them."""
+    normalize: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Bring each channel of the inputs to mean 0 and deviation 1 over the training images; saved with the weights."""
     out: Annotated[Path | None, _option("DIR", "(default: runs/SYSTEM[-ARCH]-DATA-SIDE-seedN)")] = None
     """The run folder, new or empty."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -139,6 +141,7 @@ class Train:
             "zoom": self.zoom,
             "shear": self.shear,
             "flip": self.flip or None,
+            "normalize": self.normalize or None,
             "holdout": self.holdout,
         }
         name = "-".join([system, *([str(options["arch"])] if "arch" in options else []), self.data])

@@ -6,7 +6,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,17 +36,19 @@ class Dynamics(nn.Module, ABC):
     conservative: bool = False
     response: float | None = None
     """The relative response that suits contrasts of this network; None leaves it to the estimator."""
+    prepare: nn.Module | None
+    """What every input passes first, as a `Standardize`; None for nothing."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         super().__init__()
         names = [n.name for n in nodes]
         if not names or len(set(names)) < len(names):
-            raise ConfigError(
-                f"{type(self).__name__}: expected at least one node and unique names, got {names}; rename one"
-            )
+            where = type(self).__name__
+            raise ConfigError(f"{where}: expected at least one node and unique names, got {names}; rename one")
         self.shapes = {n.name: n.shape for n in nodes}
         # named so that a node called like a Module attribute ("type", "training") cannot clash
         self.activations = nn.ModuleDict({f"node_{n.name}": n.activation for n in nodes})
+        self.register_module("prepare", None)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,9 +57,7 @@ class Dynamics(nn.Module, ABC):
 
     def activation(self, name: str) -> Activation:
         """The activation of one node."""
-        module = self.activations[f"node_{name}"]
-        assert isinstance(module, Activation)
-        return module
+        return cast(Activation, self.activations[f"node_{name}"])
 
     def bind(self, x: Any, rounded: bool = False) -> Bindings:
         """Everything that depends on the input and the weights only, with its autograd graph.
@@ -67,7 +67,7 @@ class Dynamics(nn.Module, ABC):
             rounded: compute the drives of an energy under autocast to bfloat16.
         """
         out = {f"node_{n}": self.activation(n).bind() for n in self.names}
-        out.update(self._bind(x, rounded))
+        out.update(self._bind(x if self.prepare is None else self.prepare(x), rounded))
         return {k: b.map(at_least_float, at_least_float) for k, b in out.items()}
 
     @abstractmethod

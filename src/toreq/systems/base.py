@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toreq.core import Dynamics
+from toreq.core import Dynamics, Standardize
 from toreq.errors import ConfigError
 from toreq.estimators import Estimator
 from toreq.layer import Equilibrium
@@ -66,6 +66,14 @@ class System(nn.Module, ABC):
         """Put the layer and its head together; the last node is read out."""
         self.equilibrium = Equilibrium(dynamics, solver, estimator)
         self.head = head
+
+    def standardize(self, how: Standardize) -> None:
+        """Let every input pass ``how`` first; it is saved with the weights.
+
+        Args:
+            how: for example ``Standardize.of(images)``.
+        """
+        self.equilibrium.dynamics.prepare = how.to(next(self.parameters()))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, num_classes)`` at equilibrium.

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from toreq import systems
+from toreq.core import Standardize
 from toreq.errors import ConfigError, nearest
 from toreq.layer import equilibria
 from toreq.systems import System
@@ -19,12 +20,13 @@ PARTS = ("solver", "estimator")
 NAMED = (*PARTS, "settings")
 
 
-def build(config: TrainConfig, input_shape: Sequence[int], num_classes: int) -> System:
+def build(config: TrainConfig, input_shape: Sequence[int], num_classes: int, images: Tensor | None = None) -> System:
     """Return the system of `config`.
 
     In `config.set`, `solver` and `estimator` name one, `settings` is `exact` or `fast`, `solver.tolerance` (or any
     field of either) changes the one in place, and every other key is an option of the system. The side `bp-eq` trains
-    by the implicit gradient. Raises `ConfigError` for an unknown name, with the nearest valid one.
+    by the implicit gradient. With `normalize` inputs are standardised as `images` are; without these, by numbers that
+    a checkpoint is to replace. Raises `ConfigError` for an unknown name, with the nearest valid one.
     """
     parts: dict[str, Any] = {}
     options: dict[str, Any] = {}
@@ -47,6 +49,9 @@ def build(config: TrainConfig, input_shape: Sequence[int], num_classes: int) -> 
     for part, name, value in fields:
         for layer in equilibria(net):
             setattr(layer, part, _replaced(getattr(layer, part), part, name, value))
+    if config.normalize:
+        channels = input_shape[0] if len(input_shape) == 3 else 1
+        net.standardize(Standardize([0.0] * channels, [1.0] * channels) if images is None else Standardize.of(images))
     return net
 
 
@@ -62,7 +67,10 @@ def _replaced(holder: Any, part: str, name: str, value: Any) -> Any:
 
 def trained_module(net: System, config: TrainConfig) -> nn.Module:
     """Return the module whose parameters `config` trains: `net`, or its feed-forward twin for the side `bp-ff`."""
-    return net.feedforward() if config.side == "bp-ff" else net
+    if config.side != "bp-ff":
+        return net
+    twin, prepare = net.feedforward(), net.equilibrium.dynamics.prepare
+    return twin if prepare is None else nn.Sequential(prepare, twin)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

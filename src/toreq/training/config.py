@@ -31,9 +31,10 @@ class TrainConfig:
     falls as a half cosine to `final_learning_rate` times its peak. `gradient_clip` bounds the norm of the whole
     gradient (None: no bound). `shift` moves every training image by up to that many pixels, anew in each epoch and
     alike for every side; `rotate` (degrees), `zoom` and `shear` (shares) and `flip` do the same
-    (`toreq.data.Augmentation`). `checkpoint_every` is in seconds; one is also written after each epoch. `devices` above
-    one trains under DistributedDataParallel, each with its share of `batch_size`. `threads` is torch's number of
-    threads (None: as it is; one if `deterministic`).
+    (`toreq.data.Augmentation`). `normalize` lets every input pass a `toreq.core.Standardize` fitted to the training
+    images, which is saved with the weights and changes no data. `checkpoint_every` is in seconds; one is also written
+    after each epoch. `devices` above one trains under DistributedDataParallel, each with its share of `batch_size`.
+    `threads` is torch's number of threads (None: as it is; one if `deterministic`).
 
     Raises `ConfigError` for a value out of range or an unknown name.
     """
@@ -59,6 +60,7 @@ class TrainConfig:
     zoom: float = 0.0
     shear: float = 0.0
     flip: bool = False
+    normalize: bool = False
     out: str | None = None
     device: str = "auto"
     devices: int = 1

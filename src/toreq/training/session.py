@@ -64,7 +64,7 @@ class Session:
         self.fabric = make_fabric(config)
         self.data = prepare(config, self.fabric.device)
         torch.manual_seed(config.seed)
-        self.net = build(config, self.data.input_shape, self.data.num_classes)
+        self.net = build(config, self.data.input_shape, self.data.num_classes, self.data.train_x)
         self.model = trained_module(self.net, config)
         self.raw_optimizer = make_optimizer(self.model, config)
         # Nothing is written before the data and the network are known to be good.
