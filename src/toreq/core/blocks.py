@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.grad import conv2d_input
 
 from toreq.core.pickling import Picklable
 from toreq.core.state import Bound
@@ -178,12 +178,16 @@ class Convolution(Map):
         return nn.functional.conv2d(h, weight, bias, self.stride, self.padding), h
 
     def pull(self, c: Tensor, saved: Tensor, t: Bound, grads: Gradients | None) -> Tensor:
-        geometry = (self.stride, self.padding)
         back = self._back(t, "weight")
         if grads is not None:
-            self._add(grads, "weight", conv2d_weight(saved, back.shape, c, *geometry))
-            self._add(grads, "bias", c.sum((0, 2, 3)))
-        return conv2d_input(saved.shape, back, c, *geometry)
+            # the bias by the same kernel: sums of many terms that nearly cancel then round as autograd's do
+            _, weight, bias = torch.ops.aten.convolution_backward(
+                c, saved, back, [back.shape[0]],
+                [self.stride] * 2, [self.padding] * 2, [1, 1], False, [0, 0], 1, [False, True, True],
+            )  # fmt: skip
+            self._add(grads, "weight", weight)
+            self._add(grads, "bias", bias)
+        return conv2d_input(saved.shape, back, c, self.stride, self.padding)
 
 
 class Norm(Map):
