@@ -10,7 +10,7 @@ def main(train: int = 4000, test: int = 1000, epochs: int = 2) -> dict[float, tu
     """Return, for each margin, the accuracy and the share of digits that were read on the finest level."""
     torch.manual_seed(0)
     mnist = data.load("mnist").limit(train, test)
-    net = MultiScaleConv((1, 28, 28), 10, channels=(16, 32), exits=True)
+    net = MultiScaleConv((1, 28, 28), 10, channels=(16, 32), exits=True, alone=True)
     net.equilibrium.hasten()
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     x, y = mnist.inputs("train", slice(None)), mnist.train_y

@@ -154,10 +154,11 @@ def test_nudged_pairs_are_those_of_a_flat_solve(name: str) -> None:
         assert float((phases[0][n] - wanted).norm()) <= 1e-5 * float(wanted.norm())
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["joint", "alone"])
 @pytest.mark.parametrize("name", ["conv", "dense", pytest.param("sequence", marks=pytest.mark.slow)])
-def test_gradients_against_finite_differences(name: str) -> None:
+def test_gradients_against_finite_differences(name: str, alone: bool) -> None:
     """Along the gradient and at its largest entries, for every parameter, spring strengths and adapters among them."""
-    net = tight_copy(built(name, spring="learned", mu=0.4, exits=True))
+    net = tight_copy(built(name, spring="learned", mu=0.4, exits=True, alone=alone))
     x, y = batch(net)  # type: ignore[arg-type]
     found = gradients(net, x, y)
     assert any("log_strength" in k for k in found)
@@ -301,6 +302,44 @@ def test_exits_train_every_head_and_let_examples_leave(name: str) -> None:
     some = net.predict(x, float(gaps.median()))
     assert torch.equal(some.level == 3, gaps > float(gaps.median()))
     torch.testing.assert_close(some.logits[some.level == 3], all_leave.logits[some.level == 3])
+
+
+@EACH
+def test_exits_alone_are_trained_where_they_are_read(name: str) -> None:
+    net = built(name, torch.float32, exits=True, alone=True)
+    net.equilibrium.solver = replace(net.equilibrium.solver, tolerance=1e-6)
+    x, y = batch(net, 8)
+    loss = net.criterion(net(x), y)
+    losses = [torch.nn.functional.cross_entropy(net.predict(x, 1.0).logits, y)]
+    for level in (2, 3):
+        part = net.parts.layer(net.equilibrium, level)
+        assert set(part.dynamics.names) == {n for n in net.equilibrium.dynamics.names if int(n[1]) >= level}
+        losses.append(torch.nn.functional.cross_entropy(net.exit_heads[level - 2](part(x)), y))
+    torch.testing.assert_close(loss, sum(losses[1:], losses[0]), rtol=1e-4, atol=1e-5)
+    coarsest = net.predict(x, 0.0).logits
+    torch.testing.assert_close(
+        coarsest, net.exit_heads[-1](net.parts.layer(net.equilibrium, 3)(x)), rtol=1e-3, atol=1e-4
+    )
+    # the joint equilibrium gives the coarsest exit something else
+    joint = net.equilibrium.solve(x).h[net.tops[2]]
+    assert not torch.allclose(coarsest, net.exit_heads[-1](joint), rtol=1e-3, atol=1e-4)
+
+
+@EACH
+def test_exits_alone_have_the_same_weights_and_follow_the_solver(name: str) -> None:
+    net = built(name, torch.float32, exits=True, alone=True)
+    assert net.state_dict().keys() == built(name, torch.float32, exits=True).state_dict().keys()
+    x, y = batch(net, 4)
+    net.criterion(net(x), y).backward()
+    for level in (2, 3):
+        part = net.parts.layer(net.equilibrium, level)
+        own = {id(p) for p in net.parameters()}
+        assert {id(p) for p in part.parameters()} <= own
+        net.equilibrium.estimator = Implicit()
+        assert net.parts.layer(net.equilibrium, level).estimator == Implicit()
+    other = copy.deepcopy(net)
+    assert torch.equal(other(x), net(x))
+    assert {id(p) for p in other.parts.layer(other.equilibrium, 2).parameters()} <= {id(p) for p in other.parameters()}
 
 
 def test_leaving_early_needs_exits() -> None:

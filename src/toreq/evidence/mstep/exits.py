@@ -80,7 +80,7 @@ def run(trial: Trial) -> Outcome:
 def trained(budget_name: str, seed: int, device: str, levels: int) -> tuple[MultiScale, int]:
     """A network trained by EqProp with the fast settings, which it keeps; several sides share it."""
     budget = find(budget_name)
-    net = nets.pyramid(budget, seed, device, "conv", levels=levels, exits=levels > 1)
+    net = nets.pyramid(budget, seed, device, "conv", levels=levels, exits=levels > 1, alone=levels > 1)
     net.equilibrium.hasten()
     steps, batch = _steps(budget)
     data = shared.mnist(*budget.pick((32, 20), (3000, 2000), (10_000, 10_000)))
@@ -96,13 +96,14 @@ def _settling(trial: Trial, net: MultiScale, data: Dataset) -> Found:
     x, y = data.inputs("test", slice(None)).to(trial.device), data.test_y.to(trial.device)
     unit = _unit(trial, x)
     correct, steps = _settled(net, x, y)
-    sweep, start = costs(net, x[:CHUNK])
+    sweep, starts = costs(net, x[:CHUNK])
+    start = starts[0]
     joint = Point((start + float(steps.mean()) * sweep[0]) / unit, correct)
     further: dict[str, Quantity] = {}
     if trial.side == EXITS:
         logits, taken = levels_read(net, x)
-        spent = taken.double() * torch.tensor(sweep, dtype=torch.float64, device=x.device)
-        points = [Point((work + start) / unit, right) for work, right in _by_margin(logits, spent, y)]
+        each, begun = (torch.tensor(v, dtype=torch.float64, device=x.device) for v in (sweep, starts))
+        points = [Point(work / unit, right) for work, right in _by_margin(logits, taken.double() * each + begun, y)]
         further = _shares(logits, y)
         further["work of the start"] = Quantity(start / unit, "fine sweeps")
     elif trial.side in (STOPPED, ONE_STOPPED):
@@ -124,24 +125,22 @@ def _unit(trial: Trial, x: Tensor) -> float:
 
 
 @torch.no_grad()
-def costs(net: MultiScale, x: Tensor) -> tuple[list[float], float]:
-    """Operations per example: of a sweep of the levels l to L, for each l from the finest; and of the start (drives
-    and first guess, which :meth:`MultiScale.predict` computes on all levels at once)."""
-    energy, layer = nets.energy(net), net.equilibrium
-    bindings = detached(energy.bind(x))
-    state = energy.initial(bindings)
-    found = []
-    for level in range(net.levels):
-        names = frozenset().union(*energy.levels()[level:])
-        part = Relaxation(energy, bindings, as_map=True).restricted(names)
-        assert part is not None
-        problem = Metered(part)
-        a = {n: t for n, t in state.items() if n in names}
+def costs(net: MultiScale, x: Tensor) -> tuple[list[float], list[float]]:
+    """Operations per example of a sweep of the levels l to L, and of their start (drives and first guess), for each l
+    from the finest. :meth:`MultiScale.predict` starts each level that an example gets to."""
+    sweeps, starts = [], []
+    for level in range(1, net.levels + 1):
+        layer = net.parts.layer(net.equilibrium, level)
+        energy = layer.dynamics
+        bindings = detached(energy.bind(x))
+        problem = Metered(Relaxation(energy, bindings, as_map=True))
+        a = energy.initial(bindings)
         h = problem.activate(a)
         layer.solver.step(problem, a, h, layer.solver.begin(problem, a, h))
-        found.append(problem.meter.total / len(x))
-    start = counting.flops(lambda: energy.initial(detached(energy.bind(x))))
-    return found, start / len(x)
+        sweeps.append(problem.meter.total / len(x))
+        started = counting.flops(lambda energy=energy: energy.initial(detached(energy.bind(x))))
+        starts.append(started / len(x))
+    return sweeps, starts
 
 
 @torch.no_grad()
@@ -284,14 +283,15 @@ CLAIM = Claim(
     sentence="Leaving early adapts the work to the example: less work at the accuracy of settling everything.",
     criteria=_criteria(),
     protocol=f"""
-    A convolutional pyramid of three levels (8 and 16 channels, shared weights, springs as shipped), read out and nudged
-    on every level, is trained on MNIST by EqProp with the fast settings, which it keeps: Adam at {nets.RATE:g}, batch
-    {nets.BATCH}; 10,000 images for three epochs and all 10,000 test images in a full run, 3,000 for two and 2,000 in a
-    quick one. One level of the same widths is trained alike, and the feed-forward twin by backprop. Work is the mean
-    over test images of the operations of all sweeps, on coarse levels too, each example's own number of them, plus the
-    drives and the first guess as they are really computed, in units of one evaluation of the pyramid's field on its
-    finest level. The metric is the least work over the side's swept setting (the exit margin; or the number of steps,
-    from none to {STOPS}) whose test accuracy is within {WITHIN} point of that of settling everything in the same
+    A convolutional pyramid of three levels (8 and 16 channels, shared weights, springs as shipped), each level's exit
+    read out and nudged where it is used, at the equilibrium of that level and the coarser ones alone (`alone`), is
+    trained on MNIST by EqProp with the fast settings, which it keeps: Adam at {nets.RATE:g}, batch {nets.BATCH}; 10,000
+    images for three epochs and all 10,000 test images in a full run, 3,000 for two and 2,000 in a quick one. One level
+    of the same widths is trained alike, and the feed-forward twin by backprop. Work is the mean over test images of the
+    operations of all sweeps, on coarse levels too, each example's own number of them, plus the drives and the first
+    guess of every level that it gets to, as they are really computed, in units of one evaluation of the pyramid's field
+    on its finest level. The metric is the least work over the side's swept setting (the exit margin; or the number of
+    steps, from none to {STOPS}) whose test accuracy is within {WITHIN} point of that of settling everything in the same
     network to the solver's tolerance. Settings are chosen on the test images, for all sides alike. Sides of one level
     are held to the accuracy of their own settling, which is printed. The work is compared by seed. BP-eq would train
     the same equilibria by the same gradient and has no side; the twin does not settle and is shown beside.

@@ -43,6 +43,8 @@ class MultiScaleConv(MultiScale):
         mu: the same for the second spring; None for none.
         springs: ``"last"`` joins the last layers, ``"all"`` every layer.
         exits: read every level out, and nudge all of them.
+        alone: read (and nudge) the exit of level l at the equilibrium of the levels l to L alone, which is where
+            :meth:`predict` reads it, instead of at the joint one; about a third more work in training.
         pad: pad images with zeros to the next size that halves on every level; else refuse them.
         channels, kernel, stride, nonlinearity, gain, gated, coupling_scale, norm_bound: of the base system, which is
             padded by half its kernel.
@@ -62,6 +64,7 @@ class MultiScaleConv(MultiScale):
         mu: float | None = None,
         springs: str = "last",
         exits: bool = False,
+        alone: bool = False,
         pad: bool = True,
         channels: Sequence[int] = (32, 64),
         kernel: int = 5,
@@ -84,7 +87,7 @@ class MultiScaleConv(MultiScale):
                 f"{where}: expected an odd kernel padded by half of it, got {kernel} and {padding}; only then do all "
                 "layers halve"
             )
-        self.levels, self.exits, self.shared = levels, exits, shared
+        self.levels, self.exits, self.alone, self.shared = levels, exits, alone, shared
         channels_in, *size = self.input_shape
         multiple = stride ** len(tuple(channels)) * 2 ** (levels - 1) if levels > 1 else 1
         self.size = padded_size(where, size, multiple, pad)

@@ -31,7 +31,7 @@ class MultiScaleDense(MultiScale):
         input_shape: shape of one example; ``(C, H, W)`` is pooled, others are not.
         num_classes: number of classes.
         solver, estimator: override the shipped ones.
-        levels, shared, spring, strength, mu, springs, exits, pad: as in :class:`MultiScaleConv`.
+        levels, shared, spring, strength, mu, springs, exits, alone, pad: as in :class:`MultiScaleConv`.
         hidden: widths on the finest level; each must halve L - 1 times.
         nonlinearity, gated, coupling_scale, norm_bound: of the base system.
     """
@@ -50,6 +50,7 @@ class MultiScaleDense(MultiScale):
         mu: float | None = None,
         springs: str = "last",
         exits: bool = False,
+        alone: bool = False,
         pad: bool = True,
         hidden: Sequence[int] = (512,),
         nonlinearity: str = "tanh",
@@ -60,7 +61,7 @@ class MultiScaleDense(MultiScale):
         super().__init__(input_shape, num_classes)
         where = type(self).__name__
         check_pyramid(where, {"levels": levels, "spring": spring, "strength": strength, "mu": mu, "springs": springs})
-        self.levels, self.exits, self.shared, self.hidden = levels, exits, shared, tuple(hidden)
+        self.levels, self.exits, self.alone, self.shared, self.hidden = levels, exits, alone, shared, tuple(hidden)
         self.nonlinearity = nonlinearity
         coarsest = 2 ** (levels - 1)
         if any(w % coarsest for w in self.hidden):

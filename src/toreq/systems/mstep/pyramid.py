@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from toreq.core import Adjoint, Coupling, Energy, Node, ReLU, Replicate, Spring, Tanh
 from toreq.core.implicit import implicit_available
-from toreq.core.state import detached, rows, selected, take
+from toreq.core.state import State, detached, rows, take
 from toreq.errors import ConfigError
 from toreq.estimators import Estimator
 from toreq.layer import Equilibrium
 from toreq.settle import full_precision
 from toreq.solvers import CoarseToFine, Relaxation, Solver
 from toreq.systems.base import System
+from toreq.systems.mstep.exits import Parts
 from toreq.systems.mstep.sharing import renamed
 
 
@@ -91,6 +92,7 @@ class MultiScale(System):
     """
 
     exits: bool
+    alone: bool
     levels: int
 
     def build(
@@ -115,11 +117,13 @@ class MultiScale(System):
         energy = Energy(nodes, terms, [[n.name for n in level] for level in named])
         tops = [level[-1].name for level in named]
         solver = CoarseToFine() if solver is None else solver
-        self.equilibrium = Equilibrium(energy, solver, estimator, tops if self.exits and len(tops) > 1 else tops[0])
+        joint = self.exits and not self.alone and len(tops) > 1
+        self.equilibrium = Equilibrium(energy, solver, estimator, tops if joint else tops[0])
         assert levels[0].head is not None
         self.head = levels[0].head
         self.exit_heads = nn.ModuleList(level.head for level in levels[1:] if level.head is not None and self.exits)
         self.tops = tops
+        self.parts = Parts(tops)
         self._read: dict[int, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,6 +133,9 @@ class MultiScale(System):
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         read = self.logits(self.equilibrium(x))
+        if self.exits and self.alone:
+            for level in range(2, len(self.tops) + 1):
+                read[level] = self._head(level)(self.parts.layer(self.equilibrium, level)(x))
         self._read = {level: t for level, t in read.items() if level > 1}
         return read[1]
 
@@ -170,7 +177,7 @@ class MultiScale(System):
                 f"{type(self).__name__}.predict: expected exits=True and margin in [0, 1], got exits={self.exits}, "
                 f"margin={margin}; create the system with exits=True"
             )
-        layer, count = self.equilibrium, len(self.tops)
+        count = len(self.tops)
         size, device = x.shape[0], x.device
         out = Prediction(
             torch.empty(size, self.num_classes, dtype=next(self.parameters()).dtype, device=device),
@@ -178,23 +185,22 @@ class MultiScale(System):
             torch.zeros(size, count, dtype=torch.int64, device=device),
         )
         index = torch.arange(size, device=device)
-        bindings = detached(layer.dynamics.bind(x, rounded=layer.solver.precision == "rounded"))
-        with full_precision(bindings):
-            a = layer.dynamics.initial(bindings)
-            for level in range(count, 0, -1):
-                names = frozenset().union(*layer.dynamics.levels()[level - 1 :])
-                problem = Relaxation(layer.dynamics, bindings, as_map=True).restricted(names)
-                assert problem is not None
-                solution = layer.solver.solve(problem, {n: a[n] for n in a if n in names})
-                logits = self._head(level)(solution.h[self.tops[level - 1]])
-                out.steps[index, level - 1] = solution.steps
-                out.logits[index], out.level[index] = logits.to(out.logits.dtype), level
-                top = logits.softmax(-1).topk(2, -1).values
-                stay = (top[:, 0] - top[:, 1] <= margin).nonzero().flatten()
-                if level == 1 or not stay.numel():
-                    break
-                a = take({**a, **solution.state}, stay)
-                bindings, index = selected(bindings, stay), rows(index, stay)
+        a: State = {}
+        for level in range(count, 0, -1):
+            layer = self.parts.layer(self.equilibrium, level)
+            # drives of finer levels are computed for those alone who get there
+            bindings = detached(layer.dynamics.bind(rows(x, index), rounded=layer.solver.precision == "rounded"))
+            with full_precision(bindings):
+                problem = Relaxation(layer.dynamics, bindings, as_map=True)
+                solution = layer.solver.solve(problem, {**layer.dynamics.initial(bindings), **a})
+            logits = self._head(level)(solution.h[self.tops[level - 1]])
+            out.steps[index, level - 1] = solution.steps
+            out.logits[index], out.level[index] = logits.to(out.logits.dtype), level
+            top = logits.softmax(-1).topk(2, -1).values
+            stay = (top[:, 0] - top[:, 1] <= margin).nonzero().flatten()
+            if level == 1 or not stay.numel():
+                break
+            a, index = take(solution.state, stay), rows(index, stay)
         return out
 
 

@@ -35,7 +35,7 @@ class MultiScaleSequence(MultiScale):
         input_shape: ``(C, H, W)``, or ``(N,)`` of symbol indices with ``vocabulary``.
         num_classes: number of classes.
         solver, estimator: override the shipped ones.
-        levels, shared, spring, strength, mu, exits, pad: as in :class:`MultiScaleConv`.
+        levels, shared, spring, strength, mu, exits, alone, pad: as in :class:`MultiScaleConv`.
         features, heads, hidden, patch, vocabulary, pool, attention, gated, coupling_scale, norm_bound: of the base
             system.
     """
@@ -53,6 +53,7 @@ class MultiScaleSequence(MultiScale):
         strength: float = 1.0,
         mu: float | None = None,
         exits: bool = False,
+        alone: bool = False,
         pad: bool = True,
         features: int = 96,
         heads: int = 4,
@@ -68,7 +69,7 @@ class MultiScaleSequence(MultiScale):
         super().__init__(input_shape, num_classes)
         where = type(self).__name__
         check_pyramid(where, {"levels": levels, "spring": spring, "strength": strength, "mu": mu, "springs": "last"})
-        self.levels, self.exits, self.shared, self.vocabulary = levels, exits, shared, vocabulary
+        self.levels, self.exits, self.alone, self.shared, self.vocabulary = levels, exits, alone, shared, vocabulary
         self.widths = (features, heads, hidden, patch, vocabulary, pool)
         base = LoopedTransformer(
             self.input_shape, num_classes, features=features, heads=heads, hidden=hidden, patch=patch,
