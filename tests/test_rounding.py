@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from toreq.core import Bilinear, Conv, Dense, Energy, Node, Operator, Tanh, control_norm
+from toreq.core import (
+    Bilinear,
+    Conv,
+    Dense,
+    Energy,
+    LayerNorm,
+    Node,
+    Operator,
+    Potential,
+    Tanh,
+    control_norm,
+)
 from toreq.core.norm_control import NormControl
 from toreq.core.operators import _Symmetric
 from toreq.core.state import detached
@@ -193,3 +204,51 @@ def test_a_rounded_binding_leaves_the_weights_alone() -> None:
     (op,) = (c.op for c in energy.couplings if isinstance(c, Bilinear))
     assert isinstance(op, Operator)
     assert op.tensors()["weight"].dtype == torch.float32
+
+
+# --- contrasts of states that nearly agree
+
+
+def _pair(shape: tuple[int, ...], response: float) -> tuple[Tensor, Tensor]:
+    """Two float32 states whose difference is exact: what is lost in a contrast is lost by the contrast."""
+    base = torch.randn(6, *shape, generator=gen(1))
+    change = response * torch.randn(6, *shape, generator=gen(2))
+    return base + change, base - change
+
+
+@pytest.mark.parametrize("response", [1e-4, 1e-3, 3.0])
+def test_the_contrast_of_layer_norms_keeps_its_digits(response: float) -> None:
+    plus, minus = _pair((5, 24), response)
+    weight = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])  # examples that nearly cancel
+    sigma = LayerNorm(24)
+    with torch.no_grad():
+        sigma.bias.normal_(generator=gen(3))
+        sigma.log_gain.fill_(0.3)
+    found = sigma.gradient(plus, minus, weight, detached({"": sigma.bind()})[""])
+    wide = sigma.double()
+    bound = wide.bind()
+    leaf = bound.map(lambda t: t.detach().requires_grad_(), lambda t: t)
+    total = weight.double() * (wide.potential(plus.double(), leaf) - wide.potential(minus.double(), leaf))
+    wanted = dict(zip(leaf.shared, torch.autograd.grad(total.sum(), list(leaf.shared.values())), strict=True))
+    assert found.keys() == wanted.keys()
+    for k, g in wanted.items():
+        assert error(found[k], g) < 5e-6, k
+
+
+@pytest.mark.parametrize("response", [1e-4, 1e-3, 3.0])
+@pytest.mark.parametrize("phi", ["log_cosh", "softplus", "relu2"])
+def test_the_contrast_of_tied_blocks_keeps_its_digits(phi: str, response: float) -> None:
+    plus, minus = _pair((5, 24), response)
+    weight = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+    c = Potential(Dense(24, 40, generator=gen(4)), "h", phi)
+    assert c.bias is not None
+    with torch.no_grad():
+        c.bias.normal_(generator=gen(5))
+    found = c.gradient({"h": plus}, {"h": minus}, weight, detached({"": c.bind(None)})[""])
+    wide = c.double()
+    leaf = wide.bind(None).map(lambda t: t.detach().requires_grad_(), lambda t: t)
+    total = weight.double() * (wide.value({"h": plus.double()}, leaf) - wide.value({"h": minus.double()}, leaf))
+    wanted = dict(zip(leaf.shared, torch.autograd.grad(total.sum(), list(leaf.shared.values())), strict=True))
+    assert found.keys() == wanted.keys()
+    for k, g in wanted.items():
+        assert error(found[k], g) < 5e-6, k

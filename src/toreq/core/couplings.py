@@ -279,7 +279,9 @@ class Potential(Coupling):
         return {**bound.shared, **bound.batched} if bound.batched else bound.shared
 
     def _z(self, h: Tensor, bound: Bound) -> Tensor:
-        z = self.op(h, self._tensors(bound))
+        return self._shifted(self.op(h, self._tensors(bound)), bound)
+
+    def _shifted(self, z: Tensor, bound: Bound) -> Tensor:
         if self.bias is not None:
             z = z + bound["bias"]
         return z if self.drive is None else z + bound["drive"]
@@ -291,15 +293,18 @@ class Potential(Coupling):
         return {self.node: self.op.adjoint(PHI[self.phi][1](self._z(h[self.node], bound)), self._tensors(bound))}
 
     def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
-        u = torch.cat([plus[self.node], minus[self.node]])
+        # as for Bilinear, and phi'(z+) - phi'(z-) from z+ - z- = A(h+ - h-) too
         size = weight.shape[0]
+        u, du = minus[self.node], plus[self.node] - minus[self.node]
         both = bound.map(lambda t: t, lambda t: torch.cat([t] * 2))
-        p = PHI[self.phi][1](self._z(u, both))
-        dp = p[:size] - p[size:]
-        mp = torch.lerp(p[:size], p[size:], 0.5)
-        dp, mp = dp * per_example(weight, dp), mp * per_example(weight, mp)
-        du, mu = u[:size] - u[size:], torch.lerp(u[:size], u[size:], 0.5)
         tensors = {k: v for k, v in self._tensors(both).items() if k not in ("bias", "drive")}
+        z, dz = self.op(torch.cat([u, du]), tensors).split(size)
+        z = self._shifted(z, bound)
+        slope, rise = PHI[self.phi][1:]
+        p, q = slope(z + dz), slope(z)
+        dp, mp = rise(dz, p, q), torch.lerp(q, p, 0.5)
+        dp, mp = dp * per_example(weight, dp), mp * per_example(weight, mp)
+        mu = torch.lerp(u, plus[self.node], 0.5)
         grads = self.op.gradient(torch.cat([dp, mp]), torch.cat([mu, du]), tensors)
         grads = {k: g[:size] + g[size:] if k in both.batched else g for k, g in grads.items()}
         if self.bias is not None:
@@ -307,6 +312,9 @@ class Potential(Coupling):
         if self.drive is not None:
             grads["drive"] = dp
         return grads
+
+
+_Map = Callable[[Tensor], Tensor]
 
 
 def _softplus(z: Tensor) -> Tensor:
@@ -321,9 +329,23 @@ def _half_relu_squared(z: Tensor) -> Tensor:
     return 0.5 * z.relu().square()
 
 
-PHI: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "log_cosh": (log_cosh, tanh),
-    "softplus": (_softplus, _logistic),
-    "relu2": (_half_relu_squared, torch.relu),
+def _tanh_rise(dz: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    # tanh(x) - tanh(y) = tanh(x - y) (1 - tanh(x) tanh(y)); not by the fast tanh, exact to the rounding of 1 only
+    return dz.tanh() * (1 - p * q)
+
+
+def _logistic_rise(dz: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    # the same for (1 + tanh(z / 2)) / 2
+    return (0.5 * dz).tanh() * (p + q - 2 * p * q)
+
+
+def _relu_rise(dz: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    return torch.where((p > 0) & (q > 0), dz, p - q)
+
+
+PHI: dict[str, tuple[_Map, _Map, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "log_cosh": (log_cosh, tanh, _tanh_rise),
+    "softplus": (_softplus, _logistic, _logistic_rise),
+    "relu2": (_half_relu_squared, torch.relu, _relu_rise),
 }
-"""Potentials phi and their derivatives."""
+"""Potentials phi, their derivatives, and :math:`\\phi'(x) - \\phi'(y)` from x - y and the derivatives."""

@@ -354,22 +354,10 @@ class Energy(Dynamics):
         for name, c in self.terms():
             grads[name] = c.gradient(plus[1], minus[1], -weight, bindings[name])
         for n in self.names:
-            grads[f"node_{n}"] = self._activation_gradient(n, plus[0][n], minus[0][n], -weight, bindings[f"node_{n}"])
+            grads[f"node_{n}"] = self.activation(n).gradient(plus[0][n], minus[0][n], -weight, bindings[f"node_{n}"])
         return [
             grads.get(name, {}).get(k) for name, b in bindings.items() for group in (b.shared, b.batched) for k in group
         ]
-
-    def _activation_gradient(
-        self, n: str, plus: Tensor, minus: Tensor, weight: Tensor, bound: Bound
-    ) -> dict[str, Tensor]:
-        if not bound.shared:
-            return {}
-        with torch.enable_grad():
-            leaf = bound.map(lambda t: t.detach().requires_grad_(), lambda t: t)
-            phi = self.activation(n).potential
-            total = (weight * (phi(plus.detach(), leaf) - phi(minus.detach(), leaf))).sum()
-        grads = torch.autograd.grad(total, list(leaf.shared.values()), materialize_grads=True)
-        return dict(zip(leaf.shared, grads, strict=True))
 
     def colours(self) -> list[frozenset[str]]:
         """Greedy colouring of the node graph: nodes of one colour do not read each other."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from toreq.core.state import Bound
+from toreq.core.state import Bound, per_example
 from toreq.errors import ConfigError
 
 
@@ -48,6 +48,22 @@ class Activation(nn.Module, ABC):
     def increment(self, a: Tensor, origin: Tensor, h: Tensor, bound: Bound | None = None) -> Tensor:
         r""":math:`\sigma(a) - \sigma(a_0)`, ``h = sigma(origin)`` given; small ones keep their digits."""
         return self(a, bound) - h
+
+    def gradient(self, plus: Tensor, minus: Tensor, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
+        r"""Gradient of :math:`\sum_b w_b\,[\Phi_b(a^+) - \Phi_b(a^-)]` with respect to the activation's own tensors.
+
+        Args:
+            plus, minus: pre-activations ``(B, ...)``.
+            weight: ``(B,)``.
+            bound: what :meth:`bind` returned.
+        """
+        if not bound.shared:
+            return {}
+        with torch.enable_grad():
+            leaf = bound.map(lambda t: t.detach().requires_grad_(), lambda t: t)
+            total = (weight * (self.potential(plus.detach(), leaf) - self.potential(minus.detach(), leaf))).sum()
+        grads = torch.autograd.grad(total, list(leaf.shared.values()), materialize_grads=True)
+        return dict(zip(leaf.shared, grads, strict=True))
 
     def conjugate(self, a: Tensor, h: Tensor, bound: Bound | None = None) -> Tensor:
         r""":math:`\Phi^*(h) = \langle a, h\rangle - \Phi(a)` at ``h = sigma(a)``, per example ``(B,)``."""
@@ -266,6 +282,18 @@ class LayerNorm(Activation):
         unit = centred / std
         w = w - w.mean(-1, keepdim=True)
         return (bound["gain"] / std) * (w - unit * (unit * w).mean(-1, keepdim=True))
+
+    def gradient(self, plus: Tensor, minus: Tensor, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
+        # s+ - s- = (var+ - var-)/(s+ + s-), and var+ - var- = <c+ - c-, c+ + c->/D: nothing nearly equal is subtracted
+        # but the states
+        da = plus - minus
+        (c, s), (d, t) = self._parts(plus), self._parts(minus)
+        change = ((da - da.mean(-1, keepdim=True)) * (c + d)).mean(-1, keepdim=True) / (s + t)
+        axes = tuple(range(da.dim() - 1))
+        return {
+            "gain": self.features * (weight * change.flatten(1).sum(1)).sum(),
+            "bias": (da * per_example(weight, da)).sum(axes),
+        }
 
 
 @dataclass(frozen=True)

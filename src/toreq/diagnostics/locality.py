@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from toreq.core import Coupling, Energy, Residual, VectorField
 from toreq.core.state import per_example
 from toreq.diagnostics.gradients import as_double, criterion, gradients
-from toreq.diagnostics.relaxation import drive_and_cotangent
 from toreq.errors import ConfigError, ToreqError
 from toreq.estimators import Centered, NonConservative, OneSided, Predictive
 from toreq.layer import Equilibrium, equilibria
@@ -72,7 +72,7 @@ def local_updates(layer: Equilibrium, x: Tensor, cotangent: Tensor | State) -> U
     Args:
         layer: with one of these estimators.
         x: its input ``(B, ...)``.
-        cotangent: of the read-out, as `drive_and_cotangent` gives it.
+        cotangent: of the read-out.
 
     Returns:
         parameter name in the layer -> gradient in float64; parameters without one are missing.
@@ -134,11 +134,33 @@ def against_local(net: nn.Module, x: Tensor, y: Tensor) -> list[LocalityRow]:
         )
     layer = layers[0]
     prefix = next(name for name, module in net.named_modules() if module is layer)
-    shipped = gradients(net, x, y)
-    inputs, cotangent = drive_and_cotangent(net, layer, x, y)
-    wanted = {f"{prefix}.{name}": g for name, g in local_updates(layer, inputs, cotangent).items()}
+    inputs: list[Any] = []
+    cotangent: State = {}
+    handle = layer.register_forward_hook(_watch(layer, inputs, cotangent))
+    try:
+        shipped = gradients(net, x, y)
+    finally:
+        handle.remove()
+    wanted = {f"{prefix}.{name}": g for name, g in local_updates(layer, inputs[0], cotangent).items()}
     wanted |= _outside(net, layer, x, y, prefix)
     return compare(shipped, wanted)
+
+
+def _watch(
+    layer: Equilibrium, inputs: list[Any], cotangent: State
+) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    """Keep the layer's input and the very cotangent that its backward gets.
+
+    One computed again may differ in its last digit, and then every state does: beside a small nudge's response that is
+    more than the update's own rounding.
+    """
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        inputs.append(args[0].detach() if isinstance(args[0], Tensor) else args[0])
+        for name, t in (output if isinstance(output, dict) else {layer.readout[0]: output}).items():
+            t.register_hook(lambda g, name=name: cotangent.update({name: g.detach()}))
+
+    return hook
 
 
 def compare(shipped: Updates, wanted: Updates) -> list[LocalityRow]:
