@@ -35,8 +35,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "classifier_padded": ("classifier", {"padding": 0, "pool": "last"}),
     "classifier_invariant": ("classifier", {"selective": False, "attention": "none", "positions": True}),
     "classifier_softmax": ("classifier", {"attention": "softmax", "padding": 0, "pool": "none"}),
+    "classifier_potential": ("classifier", {"layers": 0, "pool": "mean"}),
+    "classifier_two_layers": ("classifier", {"layers": 2, "gain": 4.0, "pool": 3, "padding": 0, "attention": "none"}),
     "tagger": ("tagger", {"padding": 0}),
     "tagger_softmax": ("tagger", {"attention": "softmax", "selective": False}),
+    "tagger_layer": ("tagger", {"layers": 1, "selective": False, "padding": 0}),
     "causal": ("causal", {}),
     "causal_padded": ("causal", {"padding": 0}),
     "causal_invariant": ("causal", {"selective": False}),
@@ -149,7 +152,8 @@ def test_radius_below_one_at_the_start(case: str, dtype: torch.dtype) -> None:
     net = _net(case, dtype)
     x, _ = _batch(net, 4)
     assert 0.005 < net.radius(x) < 1
-    assert float(net.eigenvalues().abs().max()) < 1
+    assert len(net.eigenvalues()) == max(1, net.layers)
+    assert max(float(a.abs().max()) for a in net.eigenvalues()) < 1
 
 
 @EACH
@@ -289,21 +293,73 @@ def test_sinusoids_tell_steps_apart() -> None:
     assert float((torch.cdist(waves, waves) + 9 * torch.eye(20, dtype=torch.float64)).min()) > 0.1
 
 
+def _twin(net: TEPSSR) -> OnePass:
+    assert isinstance(net.head, Reader)
+    return OnePass(net.equilibrium.dynamics, net.head, net.mask)
+
+
 @EACH
-def test_the_twin_is_one_pass_of_the_block(case: str) -> None:
+def test_the_twin_has_the_same_parameters_and_a_gradient_for_each(case: str) -> None:
     net = _net(case)
     x, y = _batch(net)
     fresh = net.feedforward().double()
     assert sum(p.numel() for p in fresh.parameters()) == sum(p.numel() for p in net.parameters())
-    head = net.head
-    assert isinstance(head, Reader)
-    twin = OnePass(net.equilibrium.dynamics, head, net.mask)
+    net.criterion(fresh(x), y).backward()
+    assert all(p.grad is not None for p in fresh.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("case", [c for c, (arch, o) in CASES.items() if not o.get("layers", arch == "classifier")])
+def test_the_twin_is_one_pass_of_the_block(case: str) -> None:
+    net = _net(case)
+    x, _ = _batch(net)
     one = copy.deepcopy(net)
     one.equilibrium.solver = FixedPoint(max_steps=1, tolerance=0.0)
     with torch.no_grad():
-        torch.testing.assert_close(twin(x), one(x), rtol=1e-10, atol=1e-11)
-    net.criterion(fresh(x), y).backward()
-    assert all(p.grad is not None for p in fresh.parameters() if p.requires_grad)
+        torch.testing.assert_close(_twin(net)(x), one(x), rtol=1e-10, atol=1e-11)
+
+
+def test_the_twin_of_layers_goes_up_once() -> None:
+    net = _net("classifier_two_layers")
+    x, _ = _batch(net)
+    energy = net.equilibrium.dynamics
+    bindings = energy.bind(x)
+    with torch.no_grad():
+        h = torch.nn.functional.layer_norm(energy.static(bindings)["tokens"], (8,))
+        h = h + energy.activation("tokens").bias  # type: ignore[operator]
+        for i, op in enumerate(net.maps()):
+            constant = energy.static(bindings)[f"layer{i + 1}"]
+            h = (4.0 ** (i + 1) * (op(h, {**op.tensors(), **op.inputs(x)}) + constant)).tanh()
+        assert net.mask is not None
+        torch.testing.assert_close(_twin(net)(x), net.head(h, net.mask(x)), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 4, 9])
+def test_parts_of_a_sequence_are_read_by_their_means(parts: int) -> None:
+    """As torch's adaptive pooling of the tokens that count, wherever padding stands."""
+    g = torch.Generator().manual_seed(11)
+    h = torch.randn(3, 7, 5, generator=g)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    reader = Reader(7, 5, 2, parts)
+    with torch.no_grad():
+        found, unmasked = reader(h, mask), reader(h)
+        for row in range(3):
+            real = h[row, mask[row]]
+            pooled = nn.functional.adaptive_avg_pool1d(real.T, parts).T if len(real) else torch.zeros(parts, 5)
+            torch.testing.assert_close(found[row], reader.linear(pooled.flatten()))
+            whole = nn.functional.adaptive_avg_pool1d(h[row].T, parts).T
+            torch.testing.assert_close(unmasked[row], reader.linear(whole.flatten()))
+
+
+def test_a_window_holds_the_positions_before() -> None:
+    stream = Stream((9, 2), 8, "rows", 0, window=3)
+    g = torch.Generator().manual_seed(12)
+    x = torch.rand(2, 9, 2, generator=g)
+    other = x.clone()
+    other[:, 4] += 1
+    moved = (stream(x) - stream(other)).abs().amax((0, 2)) > 1e-6
+    assert moved.tolist() == [False] * 4 + [True] * 3 + [False] * 2
+    with pytest.raises(ConfigError, match="1 for symbols"):
+        Stream((9,), 8, "rows", VOCABULARY, window=2)
 
 
 @pytest.mark.slow
@@ -362,6 +418,10 @@ def test_chunks_that_leave_none_half_empty(count: int, chunk: int) -> None:
         ({"padding": 7}, "one of 6 symbols"),
         ({"padding": 0, "vocabulary": 0}, "one of 0 symbols"),
         ({"pool": "max"}, "expected pool in"),
+        ({"pool": 0}, "number of parts >= 1"),
+        ({"layers": -1}, "layers >= 0"),
+        ({"gain": 0.0}, "gain > 0"),
+        ({"window": 2}, "1 for symbols"),
         ({"timescale": 0.5}, "timescale None or >= 1"),
         ({"encoding": -1}, "encoding >= 0"),
     ],

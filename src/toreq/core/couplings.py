@@ -143,7 +143,8 @@ class Bilinear(Coupling):
     Field: :math:`A h_{pre}` on ``post`` and :math:`A^\top h_{post}` on ``pre``.
 
     Args:
-        op: operator from the shape of ``pre`` to that of ``post``.
+        op: operator from the shape of ``pre`` to that of ``post``; what of it depends on the input is computed once per
+            relaxation.
         pre, post: two different nodes (for one node with itself see :class:`Lateral`).
     """
 
@@ -158,10 +159,10 @@ class Bilinear(Coupling):
         self.op, self.pre, self.post = op, pre, post
 
     def bind(self, x: Any) -> Bound:
-        return _op_bound(self.op)
+        return Bound(self.op.tensors(), self.op.inputs(x))
 
     def value(self, h: State, bound: Bound) -> Tensor:
-        return dot(h[self.post], self.op(h[self.pre], bound.shared))
+        return dot(h[self.post], self.op(h[self.pre], _tensors(bound)))
 
     def field(self, h: State, bound: Bound) -> State:
         acc: State = {}
@@ -169,10 +170,11 @@ class Bilinear(Coupling):
         return acc
 
     def add_field(self, acc: State, h: State, bound: Bound, only: Only = None) -> None:
+        tensors = _tensors(bound)
         if only is None or self.post in only:
-            acc[self.post] = self.op.add(acc.get(self.post), h[self.pre], bound.shared)
+            acc[self.post] = self.op.add(acc.get(self.post), h[self.pre], tensors)
         if only is None or self.pre in only:
-            acc[self.pre] = self.op.add_adjoint(acc.get(self.pre), h[self.post], bound.shared)
+            acc[self.pre] = self.op.add_adjoint(acc.get(self.pre), h[self.post], tensors)
 
     def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
         # <p+, A q+> - <p-, A q-> = <dp, A mq> + <mp, A dq>: differences are formed before products, so that a small
@@ -180,7 +182,22 @@ class Bilinear(Coupling):
         d, m = difference(plus, minus), mean(plus, minus)
         dp = d[self.post] * per_example(weight, d[self.post])
         mp = m[self.post] * per_example(weight, m[self.post])
-        return self.op.gradient(torch.cat([dp, mp]), torch.cat([m[self.pre], d[self.pre]]), bound.shared)
+        return _doubled(self.op, torch.cat([dp, mp]), torch.cat([m[self.pre], d[self.pre]]), bound)
+
+
+def _tensors(bound: Bound) -> dict[str, Tensor]:
+    """What an operator is to be called with."""
+    return {**bound.shared, **bound.batched} if bound.batched else bound.shared
+
+
+def _doubled(op: Operator, w: Tensor, u: Tensor, bound: Bound) -> dict[str, Tensor]:
+    """The operator's gradient for two batches in one; what depends on the input gets the sum over both."""
+    if not bound.batched:
+        return op.gradient(w, u, bound.shared)
+    both = bound.map(lambda t: t, lambda t: torch.cat([t] * 2))
+    size = w.shape[0] // 2
+    grads = op.gradient(w, u, _tensors(both))
+    return {k: g[:size] + g[size:] if k in both.batched else g for k, g in grads.items()}
 
 
 class Lateral(Coupling):
@@ -273,13 +290,8 @@ class Potential(Coupling):
             bound.shared["bias"] = self.bias
         return bound
 
-    @staticmethod
-    def _tensors(bound: Bound) -> dict[str, Tensor]:
-        """What the operator is to be called with."""
-        return {**bound.shared, **bound.batched} if bound.batched else bound.shared
-
     def _z(self, h: Tensor, bound: Bound) -> Tensor:
-        z = self.op(h, self._tensors(bound))
+        z = self.op(h, _tensors(bound))
         if self.bias is not None:
             z = z + bound["bias"]
         return z if self.drive is None else z + bound["drive"]
@@ -288,7 +300,7 @@ class Potential(Coupling):
         return PHI[self.phi][0](self._z(h[self.node], bound)).flatten(1).sum(1)
 
     def field(self, h: State, bound: Bound) -> State:
-        return {self.node: self.op.adjoint(PHI[self.phi][1](self._z(h[self.node], bound)), self._tensors(bound))}
+        return {self.node: self.op.adjoint(PHI[self.phi][1](self._z(h[self.node], bound)), _tensors(bound))}
 
     def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
         u = torch.cat([plus[self.node], minus[self.node]])
@@ -299,7 +311,7 @@ class Potential(Coupling):
         mp = torch.lerp(p[:size], p[size:], 0.5)
         dp, mp = dp * per_example(weight, dp), mp * per_example(weight, mp)
         du, mu = u[:size] - u[size:], torch.lerp(u[:size], u[size:], 0.5)
-        tensors = {k: v for k, v in self._tensors(both).items() if k not in ("bias", "drive")}
+        tensors = {k: v for k, v in _tensors(both).items() if k not in ("bias", "drive")}
         grads = self.op.gradient(torch.cat([dp, mp]), torch.cat([mu, du]), tensors)
         grads = {k: g[:size] + g[size:] if k in both.batched else g for k, g in grads.items()}
         if self.bias is not None:
