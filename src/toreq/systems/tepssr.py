@@ -28,8 +28,8 @@ from toreq.estimators import Estimator
 from toreq.solvers import Anderson, Solver
 from toreq.systems.base import System, chain_bounds
 from toreq.systems.tepssr_parts import (
+    Carried,
     CausalField,
-    Constant,
     MaskedAttention,
     MaskedLinearAttention,
     OnePass,
@@ -172,7 +172,8 @@ class TEPSSR(System):
         if self.attention != "none":
             terms.append(self._attention(share))
         if not self.layers:
-            terms.append(Potential(self.state_space(stream, None if share is None else math.sqrt(share)), "tokens"))
+            op = self.state_space(stream, None if share is None else math.sqrt(share))
+            terms.append(Potential(op, "tokens", drive=Carried(op, 0, stream, constant=False)))
         joint, _ = chain_bounds(share, self.layers + 1, lateral=False)
         below, width, slope = "tokens", self.features, 1.0
         for i in range(self.layers):
@@ -180,7 +181,7 @@ class TEPSSR(System):
             bound = None if joint is None else joint / math.sqrt(slope * steeper)
             op = self.state_space(stream, bound, width)
             nodes.append(Node(name, (stream.count, self.hidden), Tanh(steeper)))
-            terms += [Bilinear(op, below, name), Drive(name, Constant(stream, self.hidden))]
+            terms += [Bilinear(op, below, name), Drive(name, Carried(op, i, stream, constant=True))]
             below, width, slope = name, self.hidden, steeper
         return TokenEnergy(nodes, terms)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,30 @@ from torch import Tensor, nn
 from toreq.core import SSM, Attention, Bindings, Bound, Coupling, Dynamics, Energy, LinearAttention, State, VectorField
 from toreq.core.couplings import Only, _logistic, _softplus
 from toreq.core.nodes import log_sum_exp, softmax, tanh
+from toreq.core.ssm_state import response
 from toreq.errors import ConfigError, nearest
 from toreq.systems.looped_transformer import Tokens
 
 POOLS = ("mean", "last", "none")
 _HIDDEN = 1e9
 """What the scores of padding are lowered by: enough for an exponential of exactly 0."""
+
+
+class Segment(NamedTuple):
+    """A part of a longer sequence, and what the state-space maps hold where it begins.
+
+    Attributes:
+        x: the input of this part.
+        states: of each map from the tokens upwards, complex ``(B, M, S)``.
+    """
+
+    x: Tensor
+    states: tuple[Tensor, ...]
+
+
+def content(x: Tensor | Segment) -> Tensor:
+    """The input itself."""
+    return x.x if isinstance(x, Segment) else x
 
 
 class Real(nn.Module):
@@ -32,8 +50,8 @@ class Real(nn.Module):
         super().__init__()
         self.padding = padding
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x != self.padding
+    def forward(self, x: Tensor | Segment) -> Tensor:
+        return content(x) != self.padding
 
 
 class Stream(Tokens):
@@ -75,27 +93,39 @@ class Stream(Tokens):
             del self.position
             self.register_buffer("position", torch.zeros(()), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def length(self, x: Tensor | Segment) -> int:
+        """How many tokens an input has: symbols and numbers come one by one, images do not."""
+        return content(x).shape[1] if self.size is None or self.numbers else self.count
+
+    def forward(self, x: Tensor | Segment) -> Tensor:
+        x = content(x)
         out = F.layer_norm(super().forward(x[:, None] if self.numbers else x), (self.features,))
         return out if self.mask is None else out * self.mask(x)[..., None]
 
 
-class Constant(nn.Module):
-    """A learned constant for every token of the input, ``(B, N, M)``.
+class Carried(nn.Module):
+    """What reaches a state-space map's output beside its tokens, ``(B, N, M)``: a learned constant, and on a segment
+    the response of the state with which it begins.
 
     Args:
+        op: the map.
+        place: of its state among those of a segment.
         stream: says how many tokens an input has.
-        features: M.
+        constant: learn one.
     """
 
-    def __init__(self, stream: Stream, features: int) -> None:
+    def __init__(self, op: SSM, place: int, stream: Stream, constant: bool) -> None:
         super().__init__()
-        self.value = nn.Parameter(torch.zeros(features))
-        # symbols and numbers come token by token, images do not
-        self.count = None if stream.size is None or stream.numbers else stream.count
+        # the coupling has it as a module
+        self._op, self._stream, self.place = (op,), (stream,), place
+        self.value = nn.Parameter(torch.zeros(op.out_shape)) if constant else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.value.expand(x.shape[0], x.shape[1] if self.count is None else self.count, -1)
+    def forward(self, x: Tensor | Segment) -> Tensor:
+        (op,), (stream,) = self._op, self._stream
+        size, length = content(x).shape[0], stream.length(x)
+        value = op.log_rate.new_zeros(op.out_shape) if self.value is None else self.value
+        out = value.expand(size, length, -1)
+        return out + response(op, x.states[self.place], x, length) if isinstance(x, Segment) else out
 
 
 class MaskedAttention(Attention):
@@ -214,11 +244,15 @@ class CausalBlock(nn.Module):
 
     def bind(self, x: Any) -> Bound:
         """All that does not depend on the state."""
-        return Bound({**self.op.tensors(), "bias": self.bias, "out": self.out.weight}, self.op.inputs(x))
+        bound = Bound({**self.op.tensors(), "bias": self.bias, "out": self.out.weight}, self.op.inputs(x))
+        if isinstance(x, Segment):
+            bound.batched["carried"] = response(self.op, x.states[0], x, x.x.shape[1])
+        return bound
 
     def run(self, h: Tensor, bound: Bound) -> Tensor:
         """The block at ``h``, ``(B, N, D)``."""
         z = self.op(h, {**bound.shared, **bound.batched})
+        z = z + bound["carried"] if "carried" in bound.batched else z
         out = F.linear(tanh(z + bound["bias"]), bound["out"])
         # the bias alone would move padding
         return out * bound["mask"] if "mask" in bound.batched else out
