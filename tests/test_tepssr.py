@@ -324,8 +324,7 @@ def test_the_twin_of_layers_goes_up_once() -> None:
     energy = net.equilibrium.dynamics
     bindings = energy.bind(x)
     with torch.no_grad():
-        h = torch.nn.functional.layer_norm(energy.static(bindings)["tokens"], (8,))
-        h = h + energy.activation("tokens").bias  # type: ignore[operator]
+        h = energy.activate(energy.static(bindings), bindings)["tokens"]
         for i, op in enumerate(net.maps()):
             constant = energy.static(bindings)[f"layer{i + 1}"]
             h = (4.0 ** (i + 1) * (op(h, {**op.tensors(), **op.inputs(x)}) + constant)).tanh()
