@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toreq.core.spectral import relaxation_radius
-from toreq.core.state import State, detached
+from toreq.core.spectral import field_products, relaxation_radius
+from toreq.core.state import detached, norm, scaled
 from toreq.evidence import counting
 from toreq.evidence.base import nets as shared
 from toreq.evidence.claim import Claim, Cost, Criterion, Outcome, Picture, Quantity, Trial
@@ -51,56 +51,33 @@ class Size:
 SIZES = {"smoke": Size(32, 20, 1, 1), "quick": Size(5000, 1000, 1, 6), "full": Size(20_000, 2000, 3, 8)}
 
 
-@torch.no_grad()
-def norm(net: TEPSSR, x: Tensor, iterations: int = 30) -> float:
-    r"""Largest singular value of the relaxation's Jacobian :math:`\partial f(\sigma(a))/\partial a` at the equilibria
-    of ``x``, the largest over examples, by power iteration on :math:`J^\top J`.
+def plain_norm(net: TEPSSR, x: Tensor, iterations: int = 30) -> float:
+    r"""Largest singular value of the relaxation's Jacobian :math:`J\sigma'`, :math:`J = \partial f/\partial h`, at the
+    equilibria of ``x``, the largest over examples, by power iteration.
 
-    In pre-activations as they are; the radius is the norm in the coordinates :math:`\sigma'^{-1/2} a`, in which J is
-    symmetric and the energy's curvature is :math:`1 - J`.
+    In pre-activations as they are. The radius is the norm in the coordinates :math:`\sigma'^{1/2} a`, in which that
+    Jacobian is symmetric.
 
     Args:
-        net: the network.
+        net: a network with an energy, so that J is symmetric.
         x: a batch.
         iterations: of the power method.
     """
     layer = net.equilibrium
-    bindings = detached(layer.dynamics.bind(x))
-    a = layer.free_phase(bindings).state
-    names = tuple(a)
-
-    def mapped(*values: Tensor) -> tuple[Tensor, ...]:
-        h = layer.dynamics.activate(dict(zip(names, values, strict=True)), bindings)
-        out = layer.dynamics.map(h, bindings)
-        return tuple(out[n] for n in names)
-
-    at = tuple(a[n] for n in names)
+    with torch.no_grad():
+        bindings = detached(layer.dynamics.bind(x))
+        a = layer.free_phase(bindings).state
+        h = layer.dynamics.activate(a, bindings)
+    product, _ = field_products(layer.dynamics, h, bindings)
     generator = torch.Generator(device=x.device).manual_seed(0)
-    v: State = {n: torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device) for n, t in a.items()}
-    size = torch.ones(len(x), dtype=at[0].dtype, device=x.device)
-    for _ in range(iterations):
-        v = _scaled(v, 1 / _size(v))
-        # forward mode by two reverse passes: some fields have no forward rule
-        with torch.enable_grad():
-            leaf = tuple(t.detach().requires_grad_() for t in at)
-            out = mapped(*leaf)
-            probe = tuple(torch.zeros_like(t, requires_grad=True) for t in out)
-            back = torch.autograd.grad(out, leaf, probe, create_graph=True)
-            u = torch.autograd.grad(back, probe, tuple(v[n] for n in names), retain_graph=True)
-        forward = {n: t.detach() for n, t in zip(names, u, strict=True)}
-        size = _size(forward)
-        with torch.enable_grad():
-            again = torch.autograd.grad(out, leaf, tuple(forward[n] for n in names))
-        v = {n: t.detach() for n, t in zip(names, again, strict=True)}
+    v = {n: torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device) for n, t in a.items()}
+    size = norm(v)
+    with torch.no_grad():
+        for _ in range(iterations):
+            u = product(layer.dynamics.derivative(a, h, scaled(v, 1 / norm(v).clamp_min(1e-30)), bindings))
+            size = norm(u)
+            v = layer.dynamics.derivative(a, h, product(u), bindings)
     return float(size.max())
-
-
-def _size(v: State) -> Tensor:
-    return torch.stack([t.flatten(1).square().sum(1) for t in v.values()]).sum(0).sqrt().clamp_min(1e-30)
-
-
-def _scaled(v: State, by: Tensor) -> State:
-    return {n: t * by.view(-1, *[1] * (t.dim() - 1)) for n, t in v.items()}
 
 
 @torch.no_grad()
@@ -124,11 +101,11 @@ def run(trial: Trial) -> Outcome:
         layer.warn = False
     x = data.inputs("test", slice(0, 2 if small else LARGEST)).to(trial.device)
     iterations = 2 if small else 30
-    decays, norms, settled = [_decay(net)], [norm(net, x, iterations)], []
+    decays, norms, settled = [_decay(net)], [plain_norm(net, x, iterations)], []
 
     def watch(_: nn.Module) -> float:
         decays.append(_decay(net))
-        norms.append(norm(net, x, iterations))
+        norms.append(plain_norm(net, x, iterations))
         free = net.equilibrium.last.free
         assert free is not None
         settled.append(100 * float(free.converged.double().mean()))

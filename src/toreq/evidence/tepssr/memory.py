@@ -180,8 +180,8 @@ CLAIM = Claim(
     longest over that at the shortest. It counts only where both gradients agree (relative error of the whole at the
     second length). This mode is a forward recurrence; it does not settle. Joint: a network of {FEATURES} features and
     one layer of {HIDDEN} channels on {TOKENS} tokens, {STEPS[0]} to {STEPS[-1]} relaxation steps, all of them run
-    (tolerance 0), centered EqProp against backprop through the steps (up to {LIMIT}). The joint mode's memory is linear in the
-    length: a state has a vector for every token. Only one of these two things is constant at a time.
+    (tolerance 0), centered EqProp against backprop through the steps (up to {LIMIT}). The joint mode's memory is linear
+    in the length: a state has a vector for every token. Only one of these two things is constant at a time.
     """,
     sides=SIDES,
     run=run,
