@@ -140,7 +140,7 @@ class MaskedAttention(Attention):
         super().__init__(*others, **more)
         self.mask = mask
 
-    def bind(self, x: Tensor) -> Bound:
+    def bind(self, x: Any) -> Bound:
         return Bound(super().bind(x).shared, {"mask": self.mask(x).to(self.query.dtype)})
 
     def _scores(self, q: Tensor, k: Tensor, bound: Bound) -> Tensor:
@@ -170,7 +170,7 @@ class MaskedLinearAttention(LinearAttention):
         super().__init__(*others, **more)
         self.mask = mask
 
-    def bind(self, x: Tensor) -> Bound:
+    def bind(self, x: Any) -> Bound:
         return Bound(super().bind(x).shared, {"mask": self.mask(x).to(self.query.dtype)})
 
     def value(self, h: State, bound: Bound) -> Tensor:

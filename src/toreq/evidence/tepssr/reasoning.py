@@ -110,7 +110,7 @@ def run(trial: Trial) -> Outcome:
             off = scores.evaluate(model, made, made.test, device=trial.device).metric
         metrics["accuracy, couplings off"] = Quantity(off, "%")
     samples = at.step * recipe.batch
-    curves = {f"{name}: accuracy": accuracy, f"{name}: steps": steps}
+    curves = {f"{name}: accuracy": accuracy, **({f"{name}: steps": steps} if steps else {})}
     return Outcome(metrics, curves, Cost(counting.parameters(model), None, samples), (made.variant,))
 
 

@@ -139,7 +139,7 @@ def run(trial: Trial) -> Outcome:
         metrics[f"log time, {length:,} tokens"] = Quantity(math.log(dict(points)[float(at)]), "ln ms")
     metrics[EXPONENT] = Quantity(slope(points), "")
     metrics["relaxation steps at the longest"] = Quantity(steps[-1][1] if steps else None, "steps")
-    return Outcome(metrics, {"time": points, "steps": steps}, Cost(parameters))
+    return Outcome(metrics, {"time": points, **({"steps": steps} if steps else {})}, Cost(parameters))
 
 
 def _criteria() -> tuple[Criterion, ...]:
