@@ -71,7 +71,8 @@ class TEPSSR(System):
         states: complex numbers of state per channel.
         selective: step sizes and gates of the state-space maps are functions of the input.
         patch: side of the image patches (1: pixels), or ``"rows"``.
-        window: of how many rows, patches, pixels or positions of the input, up to its own, a token is made.
+        window: of how many rows, patches, pixels or positions of the input, up to its own, a token is made; 1 for
+            symbols. None: 4, or 1 for symbols and patches of several pixels.
         vocabulary: number of symbols; 0 for images and numbers.
         padding: the symbol that fills up short sequences, which then changes nothing; None: all symbols count.
         positions: learned positions, for the length given.
@@ -103,7 +104,7 @@ class TEPSSR(System):
         states: int,
         selective: bool,
         patch: int | str,
-        window: int,
+        window: int | None,
         vocabulary: int,
         padding: int | None,
         positions: bool,
@@ -143,7 +144,9 @@ class TEPSSR(System):
             )
         self.features, self.hidden, self.states, self.selective = features, hidden, states, selective
         self.layers, self.gain = layers, gain
-        self.patch, self.window, self.vocabulary = patch, window, vocabulary
+        small = patch in (1, "rows") or len(self.input_shape) < 3
+        self.patch, self.vocabulary = patch, vocabulary
+        self.window = (4 if small and not vocabulary else 1) if window is None else window
         self.positions, self.pool = positions, pool
         self.attention, self.heads, self.encoding = attention, heads, encoding
         self.timescale, self.chunk = timescale, chunk

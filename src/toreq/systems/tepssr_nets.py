@@ -46,7 +46,7 @@ class StateSpaceClassifier(TEPSSR):
         states: int = 1,
         selective: bool = True,
         patch: int | str = "rows",
-        window: int = 1,
+        window: int | None = None,
         vocabulary: int = 0,
         padding: int | None = None,
         positions: bool = False,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toreq.data import Dataset, seeded, sequential_mnist
+from toreq.data import Dataset, seeded
+from toreq.data.sequences import sequential_mnist
 from toreq.diagnostics.relaxation import couplings_off
 from toreq.estimators import Implicit
 from toreq.evidence import counting

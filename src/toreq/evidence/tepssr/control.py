@@ -99,6 +99,7 @@ class Tokens:
             selective=False,
             attention="none",
             gain=4.0,
+            window=1,
         )
         return Upward(net) if self.how == nets.FORWARD else control.Settling(net)
 

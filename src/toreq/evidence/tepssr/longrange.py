@@ -70,7 +70,7 @@ SIZES: dict[str, dict[str, Size]] = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "listops": {"layers": 1, "pool": "mean", "selective": True, "attention": "none", "heads": 4},
-    "cifar10": {"layers": 2, "gain": 4.0, "pool": 8, "selective": False, "attention": "none", "states": 2},
+    "cifar10": {"layers": 2, "gain": 4.0, "pool": 8, "selective": False, "attention": "none", "states": 2, "window": 4},
 }
 """Of the network: selective maps for symbols, time-invariant ones for pixels."""
 
