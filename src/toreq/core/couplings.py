@@ -133,7 +133,7 @@ class Drive(Coupling):
         return {"drive": d * per_example(weight, d)}
 
 
-def _op_bound(op: Operator, x: Tensor | None = None, module: nn.Module | None = None) -> Bound:
+def _op_bound(op: Operator, x: Any = None, module: nn.Module | None = None) -> Bound:
     return Bound(shared=op.tensors(), batched={"drive": module(x)} if module is not None and x is not None else {})
 
 
