@@ -93,3 +93,4 @@ def test_stream_is_normalised_and_blank_at_padding() -> None:
 @pytest.mark.parametrize(("count", "chunk"), [(784, 56), (28, 28), (1024, 64), (17, 17), (3, 32), (37, 37), (67, 32)])
 def test_chunks_that_leave_none_half_empty(count: int, chunk: int) -> None:
     assert chunk_for(count) == chunk
+    assert chunk_for(count, 32) <= 32

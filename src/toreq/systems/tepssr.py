@@ -80,7 +80,7 @@ class TEPSSR(System):
         heads: attention heads.
         encoding: steps of the start that see a timestep encoding, annealed to nothing at the last of them.
         timescale: longest initial time constant in tokens; half of N when None (at least 2).
-        chunk: tokens per matrix product; when None a divisor of N from 16 to 64, or else 32.
+        chunk: tokens per matrix product; when None a divisor of N of at most 64, or 32 where selective.
         coupling_scale: initial deviation of all couplings times the root of their inputs' size.
         norm_bound: bounds the linear part of the relaxation's Jacobian, by equal shares for the state-space maps
             together and the attention; None: free. (Softmax adds a part that depends on the keys' spread: the trained
@@ -209,13 +209,19 @@ class TEPSSR(System):
             self.states,
             self._gates(stream) if self.selective else None,
             self.mask,
-            chunk_for(stream.count) if self.chunk is None else self.chunk,
+            self._chunk(stream.count),
             (1.0, longest),
             scale=self.coupling_scale / math.sqrt(width),
         )
         if bound is not None:
             control_norm(op.project, bound)
         return op
+
+    def _chunk(self, count: int) -> int:
+        if self.chunk is not None:
+            return self.chunk
+        # learned step sizes make decays steeper, and long chunks of steep decays overflow
+        return chunk_for(count, 32 if self.selective else 64)
 
     def _gates(self, stream: Stream) -> nn.Module:
         linear = nn.Linear(self.features, 3 * self.hidden)
@@ -294,6 +300,7 @@ class TEPSSR(System):
     def criterion(self, logits: Tensor, y: Tensor) -> Tensor: ...
 
 
-def chunk_for(count: int) -> int:
-    """The largest divisor of ``count`` from 16 to 64, which leaves no chunk half empty; 32 where there is none."""
-    return next((c for c in range(min(64, count), 15, -1) if count % c == 0), 32)
+def chunk_for(count: int, most: int = 64) -> int:
+    """The largest divisor of ``count`` from a quarter of ``most`` to ``most``, which leaves no chunk half empty; half
+    of ``most`` where there is none."""
+    return next((c for c in range(min(most, count), most // 4 - 1, -1) if count % c == 0), most // 2)

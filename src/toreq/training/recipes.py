@@ -20,7 +20,7 @@ _TRAIN: dict[tuple[str, str], dict[str, Any]] = {
     ("mstep", "conv"): {"epochs": 8, "learning_rate": 2e-3, "batch_size": 128, "shift": 1},
     ("mstep", "dense"): {"epochs": 12, "learning_rate": 1e-3, "batch_size": 128, "shift": 1},
     ("mstep", "sequence"): {"epochs": 6, "learning_rate": 2e-3, "batch_size": 128, "warmup": 0.05},
-    ("tepssr", "classifier"): {"epochs": 8, "learning_rate": 4e-3, "batch_size": 64, "warmup": 0.05},
+    ("tepssr", "classifier"): {"epochs": 8, "learning_rate": 5e-3, "batch_size": 64, "warmup": 0.05},
     ("tpeqprop", "mlp"): {"epochs": 12, "learning_rate": 1e-3, "batch_size": 128, "shift": 1},
     ("tpeqprop", "residual"): {"epochs": 12, "learning_rate": 1e-3, "batch_size": 128, "warmup": 0.05},
     ("tpeqprop", "conv"): {"epochs": 8, "learning_rate": 2e-3, "batch_size": 128, "shift": 1},

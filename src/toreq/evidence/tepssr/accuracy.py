@@ -31,8 +31,8 @@ PERMUTATION = 3
 RATE, TRIALS, BATCH = 4e-3, 3, 64
 SPACE = Space({"rate": Real(1e-3, 1.5e-2, log=True)})
 ACCURACY, PARAMETERS = "accuracy", "parameters"
-ROWS: dict[str, Any] = {"features": 64, "hidden": 96, "layers": 2, "gain": 4.0, "states": 2}
-"""Of the network on rows; time-invariant maps and no attention, as on pixels."""
+ROWS: dict[str, Any] = {"features": 64, "hidden": 96, "states": 2, "window": 4}
+"""Of the network on rows; time-invariant maps and no attention, as on pixels. A token is made of the last four rows."""
 POINTS: dict[str, Any] = {"features": 32, "hidden": 64, "states": 4, "window": 57, "pool": 28}
 """On pixels in reading order, a token for each: made of those of two rows up to it, by a convolution that looks back as
 Mamba's short one does, only longer."""
