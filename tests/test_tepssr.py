@@ -10,22 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from oracles import autograd_field
 from toreq.diagnostics.gradients import gradients
 from toreq.diagnostics.locality import against_local
 from toreq.errors import ConfigError
 from toreq.estimators import Centered, Estimator, Implicit, NonConservative, OneSided
 from toreq.solvers import FixedPoint
-from toreq.systems.tepssr import TEPSSR, chunk_for
+from toreq.systems.tepssr import TEPSSR
 from toreq.systems.tepssr_nets import ARCHITECTURES, CausalStateSpace, StateSpaceClassifier, StateSpaceTagger
 from toreq.systems.tepssr_parts import (
-    MaskedAttention,
-    MaskedLinearAttention,
     OnePass,
     Reader,
-    Real,
-    Stream,
-    sinusoids,
 )
 
 N, CLASSES, VOCABULARY = 11, 3, 6
@@ -35,8 +29,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "classifier_padded": ("classifier", {"padding": 0, "pool": "last"}),
     "classifier_invariant": ("classifier", {"selective": False, "attention": "none", "positions": True}),
     "classifier_softmax": ("classifier", {"attention": "softmax", "padding": 0, "pool": "none"}),
+    "classifier_potential": ("classifier", {"layers": 0, "pool": "mean"}),
+    "classifier_two_layers": ("classifier", {"layers": 2, "gain": 4.0, "pool": 3, "padding": 0, "attention": "none"}),
     "tagger": ("tagger", {"padding": 0}),
     "tagger_softmax": ("tagger", {"attention": "softmax", "selective": False}),
+    "tagger_layer": ("tagger", {"layers": 1, "selective": False, "padding": 0}),
     "causal": ("causal", {}),
     "causal_padded": ("causal", {"padding": 0}),
     "causal_invariant": ("causal", {"selective": False}),
@@ -149,7 +146,8 @@ def test_radius_below_one_at_the_start(case: str, dtype: torch.dtype) -> None:
     net = _net(case, dtype)
     x, _ = _batch(net, 4)
     assert 0.005 < net.radius(x) < 1
-    assert float(net.eigenvalues().abs().max()) < 1
+    assert len(net.eigenvalues()) == max(1, net.layers)
+    assert max(float(a.abs().max()) for a in net.eigenvalues()) < 1
 
 
 @EACH
@@ -214,29 +212,6 @@ def test_tokens_hear_both_sides(case: str) -> None:
         assert float(moved.min()) > 1e-6
 
 
-@pytest.mark.parametrize("kind", [MaskedAttention, MaskedLinearAttention])
-def test_masked_attention(kind: type) -> None:
-    """Field against autograd of the value; as the ordinary attention of the tokens that count; deaf to padding."""
-    g = torch.Generator().manual_seed(6)
-    attend = kind(Real(0), "a", 6, heads=2, scale=0.7, generator=g).double()
-    plain = kind.__mro__[1]("a", 6, heads=2).double()
-    plain.load_state_dict(attend.state_dict())
-    x = torch.tensor([[3, 2, 1, 0, 0], [1, 1, 2, 2, 3]])
-    h = {"a": torch.randn(2, 5, 6, generator=g, dtype=torch.float64)}
-    with torch.no_grad():
-        bound = attend.bind(x)
-        found = attend.field(h, bound)["a"]
-        with torch.enable_grad():
-            wanted = autograd_field(lambda s: attend.value(s, bound), h)["a"]
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
-        assert not found[0, 3:].any()
-        for row, count in ((0, 3), (1, 5)):
-            part = {"a": h["a"][row : row + 1, :count]}
-            torch.testing.assert_close(plain.field(part, plain.bind(x))["a"][0], found[row, :count])
-            value = attend.value({"a": h["a"][row : row + 1]}, bound.map(lambda t: t, lambda t, r=row: t[r : r + 1]))
-            torch.testing.assert_close(plain.value(part, plain.bind(x)), value)
-
-
 @pytest.mark.parametrize("case", ["classifier", "tagger", "causal"])
 def test_any_number_of_tokens(case: str) -> None:
     net = _tight(_net(case), Implicit())
@@ -282,28 +257,43 @@ def test_a_timestep_encoding_moves_the_start_and_nothing_else() -> None:
         torch.testing.assert_close(found[name], g, rtol=1e-7, atol=1e-9)
 
 
-def test_sinusoids_tell_steps_apart() -> None:
-    waves = torch.stack([sinusoids(k, torch.zeros(7, dtype=torch.float64)) for k in range(20)])
-    assert waves.shape == (20, 7)
-    torch.testing.assert_close(waves[:, 0], torch.arange(20, dtype=torch.float64).sin())
-    assert float((torch.cdist(waves, waves) + 9 * torch.eye(20, dtype=torch.float64)).min()) > 0.1
+def _twin(net: TEPSSR) -> OnePass:
+    assert isinstance(net.head, Reader)
+    return OnePass(net.equilibrium.dynamics, net.head, net.mask)
 
 
 @EACH
-def test_the_twin_is_one_pass_of_the_block(case: str) -> None:
+def test_the_twin_has_the_same_parameters_and_a_gradient_for_each(case: str) -> None:
     net = _net(case)
     x, y = _batch(net)
     fresh = net.feedforward().double()
     assert sum(p.numel() for p in fresh.parameters()) == sum(p.numel() for p in net.parameters())
-    head = net.head
-    assert isinstance(head, Reader)
-    twin = OnePass(net.equilibrium.dynamics, head, net.mask)
+    net.criterion(fresh(x), y).backward()
+    assert all(p.grad is not None for p in fresh.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("case", [c for c, (arch, o) in CASES.items() if not o.get("layers", arch == "classifier")])
+def test_the_twin_is_one_pass_of_the_block(case: str) -> None:
+    net = _net(case)
+    x, _ = _batch(net)
     one = copy.deepcopy(net)
     one.equilibrium.solver = FixedPoint(max_steps=1, tolerance=0.0)
     with torch.no_grad():
-        torch.testing.assert_close(twin(x), one(x), rtol=1e-10, atol=1e-11)
-    net.criterion(fresh(x), y).backward()
-    assert all(p.grad is not None for p in fresh.parameters() if p.requires_grad)
+        torch.testing.assert_close(_twin(net)(x), one(x), rtol=1e-10, atol=1e-11)
+
+
+def test_the_twin_of_layers_goes_up_once() -> None:
+    net = _net("classifier_two_layers")
+    x, _ = _batch(net)
+    energy = net.equilibrium.dynamics
+    bindings = energy.bind(x)
+    with torch.no_grad():
+        h = energy.activate(energy.static(bindings), bindings)["tokens"]
+        for i, op in enumerate(net.maps()):
+            constant = energy.static(bindings)[f"layer{i + 1}"]
+            h = (4.0 ** (i + 1) * (op(h, {**op.tensors(), **op.inputs(x)}) + constant)).tanh()
+        assert net.mask is not None
+        torch.testing.assert_close(_twin(net)(x), net.head(h, net.mask(x)), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -324,17 +314,7 @@ def test_learns_the_symbol_before_and_keeps_contracting(case: str) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert sum(losses[-5:]) / 5 < 0.3 < 0.8 < losses[0]
-    assert net.radius(x) < 1
-
-
-def test_stream_is_normalised_and_blank_at_padding() -> None:
-    stream = Stream((N,), 16, "rows", VOCABULARY, mask=Real(0))
-    x = torch.tensor([[1, 2, 3, 0, 0]])
-    out = stream(x)
-    assert not out[0, 3:].any()
-    torch.testing.assert_close(out[0, :3].var(-1, unbiased=False), torch.ones(3), rtol=1e-3, atol=1e-3)
-    assert not [n for n, _ in stream.named_parameters() if "position" in n]
-    assert [n for n, _ in Stream((N,), 16, "rows", VOCABULARY, positions=True).named_parameters() if "position" in n]
+    assert net.radius(torch.randint(1, VOCABULARY, (8, N), generator=g)) < 1
 
 
 def test_labels_that_do_not_count() -> None:
@@ -347,11 +327,6 @@ def test_labels_that_do_not_count() -> None:
     torch.testing.assert_close(net.criterion(logits, part), wanted)
 
 
-@pytest.mark.parametrize(("count", "chunk"), [(784, 56), (28, 28), (1024, 64), (17, 17), (3, 32), (37, 37), (67, 32)])
-def test_chunks_that_leave_none_half_empty(count: int, chunk: int) -> None:
-    assert chunk_for(count) == chunk
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -362,6 +337,10 @@ def test_chunks_that_leave_none_half_empty(count: int, chunk: int) -> None:
         ({"padding": 7}, "one of 6 symbols"),
         ({"padding": 0, "vocabulary": 0}, "one of 0 symbols"),
         ({"pool": "max"}, "expected pool in"),
+        ({"pool": 0}, "number of parts >= 1"),
+        ({"layers": -1}, "layers >= 0"),
+        ({"gain": 0.0}, "gain > 0"),
+        ({"window": 2}, "1 for symbols"),
         ({"timescale": 0.5}, "timescale None or >= 1"),
         ({"encoding": -1}, "encoding >= 0"),
     ],

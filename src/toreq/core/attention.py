@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class _Heads(Coupling):
         self.query = nn.Parameter(torch.randn(rows, features, generator=generator) * std)
         self.key = nn.Parameter(torch.randn(rows, features, generator=generator) * std)
 
-    def bind(self, x: Tensor) -> Bound:
+    def bind(self, x: Any) -> Bound:
         return Bound(shared={"qk": torch.cat([self.query, self.key])})
 
     def _project(self, h: Tensor, bound: Bound) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,7 @@ class Drive(Coupling):
         return {"drive": d * per_example(weight, d)}
 
 
-def _op_bound(op: Operator, x: Tensor | None = None, module: nn.Module | None = None) -> Bound:
+def _op_bound(op: Operator, x: Any = None, module: nn.Module | None = None) -> Bound:
     return Bound(shared=op.tensors(), batched={"drive": module(x)} if module is not None and x is not None else {})
 
 
@@ -143,7 +143,8 @@ class Bilinear(Coupling):
     Field: :math:`A h_{pre}` on ``post`` and :math:`A^\top h_{post}` on ``pre``.
 
     Args:
-        op: operator from the shape of ``pre`` to that of ``post``.
+        op: operator from the shape of ``pre`` to that of ``post``; what of it depends on the input is computed once per
+            relaxation.
         pre, post: two different nodes (for one node with itself see :class:`Lateral`).
     """
 
@@ -158,10 +159,10 @@ class Bilinear(Coupling):
         self.op, self.pre, self.post = op, pre, post
 
     def bind(self, x: Any) -> Bound:
-        return _op_bound(self.op)
+        return Bound(self.op.tensors(), self.op.inputs(x))
 
     def value(self, h: State, bound: Bound) -> Tensor:
-        return dot(h[self.post], self.op(h[self.pre], bound.shared))
+        return dot(h[self.post], self.op(h[self.pre], _tensors(bound)))
 
     def field(self, h: State, bound: Bound) -> State:
         acc: State = {}
@@ -169,10 +170,11 @@ class Bilinear(Coupling):
         return acc
 
     def add_field(self, acc: State, h: State, bound: Bound, only: Only = None) -> None:
+        tensors = _tensors(bound)
         if only is None or self.post in only:
-            acc[self.post] = self.op.add(acc.get(self.post), h[self.pre], bound.shared)
+            acc[self.post] = self.op.add(acc.get(self.post), h[self.pre], tensors)
         if only is None or self.pre in only:
-            acc[self.pre] = self.op.add_adjoint(acc.get(self.pre), h[self.post], bound.shared)
+            acc[self.pre] = self.op.add_adjoint(acc.get(self.pre), h[self.post], tensors)
 
     def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
         # <p+, A q+> - <p-, A q-> = <dp, A mq> + <mp, A dq>: differences are formed before products, so that a small
@@ -180,7 +182,22 @@ class Bilinear(Coupling):
         d, m = difference(plus, minus), mean(plus, minus)
         dp = d[self.post] * per_example(weight, d[self.post])
         mp = m[self.post] * per_example(weight, m[self.post])
-        return self.op.gradient(torch.cat([dp, mp]), torch.cat([m[self.pre], d[self.pre]]), bound.shared)
+        return _doubled(self.op, torch.cat([dp, mp]), torch.cat([m[self.pre], d[self.pre]]), bound)
+
+
+def _tensors(bound: Bound) -> dict[str, Tensor]:
+    """What an operator is to be called with."""
+    return {**bound.shared, **bound.batched} if bound.batched else bound.shared
+
+
+def _doubled(op: Operator, w: Tensor, u: Tensor, bound: Bound) -> dict[str, Tensor]:
+    """The operator's gradient for two batches in one; what depends on the input gets the sum over both."""
+    if not bound.batched:
+        return op.gradient(w, u, bound.shared)
+    both = bound.map(lambda t: t, lambda t: torch.cat([t] * 2))
+    size = w.shape[0] // 2
+    grads = op.gradient(w, u, _tensors(both))
+    return {k: g[:size] + g[size:] if k in both.batched else g for k, g in grads.items()}
 
 
 class Lateral(Coupling):
@@ -273,13 +290,8 @@ class Potential(Coupling):
             bound.shared["bias"] = self.bias
         return bound
 
-    @staticmethod
-    def _tensors(bound: Bound) -> dict[str, Tensor]:
-        """What the operator is to be called with."""
-        return {**bound.shared, **bound.batched} if bound.batched else bound.shared
-
     def _z(self, h: Tensor, bound: Bound) -> Tensor:
-        return self._shifted(self.op(h, self._tensors(bound)), bound)
+        return self._shifted(self.op(h, _tensors(bound)), bound)
 
     def _shifted(self, z: Tensor, bound: Bound) -> Tensor:
         if self.bias is not None:
@@ -290,14 +302,14 @@ class Potential(Coupling):
         return PHI[self.phi][0](self._z(h[self.node], bound)).flatten(1).sum(1)
 
     def field(self, h: State, bound: Bound) -> State:
-        return {self.node: self.op.adjoint(PHI[self.phi][1](self._z(h[self.node], bound)), self._tensors(bound))}
+        return {self.node: self.op.adjoint(PHI[self.phi][1](self._z(h[self.node], bound)), _tensors(bound))}
 
     def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
         # as for Bilinear, and phi'(z+) - phi'(z-) from z+ - z- = A(h+ - h-) too
         size = weight.shape[0]
         u, du = minus[self.node], plus[self.node] - minus[self.node]
         both = bound.map(lambda t: t, lambda t: torch.cat([t] * 2))
-        tensors = {k: v for k, v in self._tensors(both).items() if k not in ("bias", "drive")}
+        tensors = {k: v for k, v in _tensors(both).items() if k not in ("bias", "drive")}
         z, dz = self.op(torch.cat([u, du]), tensors).split(size)
         z = self._shifted(z, bound)
         slope, rise = PHI[self.phi][1:]

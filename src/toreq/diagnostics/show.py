@@ -20,6 +20,7 @@ from toreq.diagnostics.levels import LevelSettling, level_settling
 from toreq.diagnostics.plots import Theme
 from toreq.diagnostics.relaxation import Relaxation, predictions, relaxation
 from toreq.diagnostics.runs import Run, label, learning_curve, load_data, load_run
+from toreq.diagnostics.scans import Scans, draw_eigenvalues, draw_tokens, scans
 from toreq.io import atomic_write_bytes, atomic_write_text
 
 # Examples whose relaxation is recorded, and test examples that are classified.
@@ -35,6 +36,8 @@ CAPTIONS = {
     "levels": "How far each level of the pyramid is from where it settles: median and the middle 80% of the examples.",
     "level_maps": "Where on one image each level (rows, the finest first) has still to settle, by powers of ten.",
     "errors": "Size of each level's error after each step of the nudged phase beside the nudge: median over examples.",
+    "eigenvalues": "The decays of the state-space maps at a step size of 1: all inside the unit disk.",
+    "tokens": "How far each token is from where it settles, step by step: mean over examples.",
     "confusion": "Which digits the trained net takes for which, on the test set.",
     "misclassified": "Test images that the trained net gets wrong.",
 }
@@ -93,6 +96,7 @@ def draw_run(run: Run) -> tuple[dict[str, Drawing], list[str]]:
         errors = level_errors(run.model, x[:RECORDED], y[:RECORDED])
         if errors is not None:
             drawings["errors"] = lambda theme: plots.level_errors(errors.sizes, theme)
+        drawings |= _draw_scans(scans(run.model, x[:RECORDED], y[:RECORDED]))
     predicted = predictions(run.model, x)
     if predicted.ndim == 1 and y.ndim == 1:
         drawings |= _draw_classes(x, y, predicted, data.num_classes)
@@ -123,6 +127,15 @@ def _draw_levels(settling: LevelSettling | None) -> dict[str, Drawing]:
     if settling.maps:
         drawings["level_maps"] = lambda theme: plots.level_maps(settling.maps, theme)
     return drawings
+
+
+def _draw_scans(found: Scans | None) -> dict[str, Drawing]:
+    if found is None:
+        return {}
+    return {
+        "eigenvalues": lambda theme: draw_eigenvalues(found.eigenvalues, theme),
+        "tokens": lambda theme: draw_tokens(found.distance, theme),
+    }
 
 
 def _draw_classes(x: Tensor, y: Tensor, predicted: Tensor, classes: int) -> dict[str, Drawing]:

@@ -5,11 +5,15 @@ from toreq.systems.deep_hopfield import ConvHopfield, DeepHopfield
 from toreq.systems.looped_transformer import LoopedTransformer
 from toreq.systems.mstep import MultiScaleConv, MultiScaleDense, MultiScaleSequence
 from toreq.systems.registry import architectures, create, from_config, names, options
+from toreq.systems.tepssr import TEPSSR
+from toreq.systems.tepssr_nets import CausalStateSpace, StateSpaceClassifier, StateSpaceTagger
 from toreq.systems.toroidal_mlp import ToroidalMLP
 from toreq.systems.tpeqprop import TPEqProp
 from toreq.systems.tpeqprop_nets import PredictiveConv, PredictiveMLP, PredictiveResidual, PredictiveTransformer
 
 __all__ = [
+    "TEPSSR",
+    "CausalStateSpace",
     "ConvHopfield",
     "DeepHopfield",
     "LoopedTransformer",
@@ -20,6 +24,8 @@ __all__ = [
     "PredictiveMLP",
     "PredictiveResidual",
     "PredictiveTransformer",
+    "StateSpaceClassifier",
+    "StateSpaceTagger",
     "System",
     "TPEqProp",
     "ToroidalMLP",

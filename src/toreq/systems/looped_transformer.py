@@ -35,11 +35,15 @@ class Tokens(nn.Module):
         features: D.
         patch: height and width of a patch, or ``"rows"`` for one token per image row.
         vocabulary: number of symbols; 0 for images.
+        window: of how many tokens of an image, this one and those before it, each is made.
     """
 
-    def __init__(self, input_shape: Sequence[int], features: int, patch: int | str, vocabulary: int) -> None:
+    def __init__(
+        self, input_shape: Sequence[int], features: int, patch: int | str, vocabulary: int, window: int = 1
+    ) -> None:
         super().__init__()
         self.size: tuple[int, int] | None = None
+        self.window = window
         if vocabulary < 0:
             raise ConfigError(f"Tokens: expected vocabulary >= 0, got {vocabulary}; 0 is for images")
         if vocabulary:
@@ -61,7 +65,7 @@ class Tokens(nn.Module):
                     f"'rows' for MNIST"
                 )
             self.count = (height // self.size[0]) * (width // self.size[1])
-            pixels = channels * math.prod(self.size)
+            pixels = channels * math.prod(self.size) * window
             self.embed = nn.Sequential(nn.Linear(pixels, 2 * features), nn.GELU(), nn.Linear(2 * features, features))
         self.position = nn.Parameter(torch.randn(self.count, features))
 
@@ -69,6 +73,9 @@ class Tokens(nn.Module):
         if self.size is not None:
             h, w = self.size
             x = x.unflatten(-2, (-1, h)).unflatten(-1, (-1, w)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+            if self.window > 1:
+                # (B, N, P, window), the oldest first; what is before the first token is zero
+                x = nn.functional.pad(x, (0, 0, self.window - 1, 0)).unfold(1, self.window, 1).flatten(2)
         return self.embed(x) + self.position
 
 

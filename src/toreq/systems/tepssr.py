@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from toreq.core import (
     SSM,
     Attention,
+    Bilinear,
     Coupling,
     Drive,
     Dynamics,
@@ -19,13 +20,15 @@ from toreq.core import (
     LinearAttention,
     Node,
     Potential,
+    Tanh,
     control_norm,
 )
 from toreq.errors import ConfigError, nearest
 from toreq.estimators import Estimator
 from toreq.solvers import Anderson, Solver
-from toreq.systems.base import System
+from toreq.systems.base import System, chain_bounds
 from toreq.systems.tepssr_parts import (
+    Carried,
     CausalField,
     MaskedAttention,
     MaskedLinearAttention,
@@ -40,17 +43,20 @@ ATTENTIONS = ("linear", "softmax", "none")
 
 
 class TEPSSR(System):
-    r"""Tokens under a state-space potential, with attention beside it (the seed's state-space recirculation).
+    r"""Tokens joined by state-space maps, with attention beside them (the seed's state-space recirculation).
 
-    .. math:: E = \langle a, h\rangle - \Phi_{LN}(a) - \langle h, \mathrm{embed}(x)\rangle
-              - \sum\log\cosh(S_x h + c) - K_{\mathrm{attention}}(h)
+    .. math:: E = \sum_{l=0}^{L}\left[\langle a_l, h_l\rangle - \Phi_l(a_l)\right]
+              - \langle h_0, \mathrm{embed}(x)\rangle
+              - \sum_{l=1}^{L}\langle h_l, S^l_x h_{l-1} + c_l\rangle - K_{\mathrm{attention}}(h_0)
 
-    with :math:`h = \mathrm{LN}(a)`, of gain 1, and :math:`S_x` an :class:`~toreq.core.SSM` over the tokens, linear in
-    h. The potential's field :math:`S_x^\top\tanh(S_x h + c)` is a forward scan, a nonlinearity and a reversed scan:
-    every token hears every other one in O(N).
+    with tokens :math:`h_0 = \mathrm{LN}(a_0)`, of gain 1, layers :math:`h_l = \tanh(g^l a_l)` and
+    :math:`S^l_x` an :class:`~toreq.core.SSM` over the tokens, linear in the state. The field on the tokens is
+    :math:`\mathrm{embed}(x) + S_x^{1\top} h_1` and that of the attention: every token hears every other one by a
+    forward scan, a nonlinearity and a reversed scan, in O(N). With ``layers=0`` the tokens are the only node, under
+    the potential :math:`\sum\log\cosh(S_x h_0 + c)`: what one layer with g = 1 amounts to once it has settled.
 
-    Subclasses say what is read out. With ``positions=False`` and no token-wise weights in the read-out any number of
-    tokens will do, whatever ``input_shape`` says.
+    Subclasses say what is read out: the last layer. With ``positions=False`` and no token-wise weights in the read-out
+    any number of tokens will do, whatever ``input_shape`` says.
 
     Args:
         input_shape: ``(C, H, W)``, ``(N, F)`` numbers, or ``(N,)`` of symbol indices with ``vocabulary``.
@@ -58,10 +64,15 @@ class TEPSSR(System):
         solver, estimator: override the shipped ones.
         pool: of the read-out.
         features: D.
-        hidden: M, the channels of the state-space map.
+        hidden: M, the channels of the state-space maps.
+        layers: L, of tanh nodes above the tokens, each ``(N, M)``.
+        gain: g, by which each layer is steeper than what is below it. The way up is that much stronger than the way
+            down, at the same radius of the relaxation.
         states: complex numbers of state per channel.
-        selective: step sizes and gates of the state-space map are functions of the input.
+        selective: step sizes and gates of the state-space maps are functions of the input.
         patch: side of the image patches (1: pixels), or ``"rows"``.
+        window: of how many rows, patches, pixels or positions of the input, up to its own, a token is made; 1 for
+            symbols. None: 4, or 1 for symbols and patches of several pixels.
         vocabulary: number of symbols; 0 for images and numbers.
         padding: the symbol that fills up short sequences, which then changes nothing; None: all symbols count.
         positions: learned positions, for the length given.
@@ -69,10 +80,11 @@ class TEPSSR(System):
         heads: attention heads.
         encoding: steps of the start that see a timestep encoding, annealed to nothing at the last of them.
         timescale: longest initial time constant in tokens; half of N when None (at least 2).
-        chunk: tokens per matrix product; when None a divisor of N from 16 to 64, or else 32.
-        coupling_scale: initial deviation of all couplings times :math:`\sqrt D`.
-        norm_bound: bounds the linear part of every coupling's Jacobian to an equal share of this; None: free. (Softmax
-            adds a part that depends on the keys' spread: the trained radius is measured, not bounded.)
+        chunk: tokens per matrix product; when None a divisor of N of at most 64, or 32 where selective.
+        coupling_scale: initial deviation of all couplings times the root of their inputs' size.
+        norm_bound: bounds the linear part of the relaxation's Jacobian, by equal shares for the state-space maps
+            together and the attention; None: free. (Softmax adds a part that depends on the keys' spread: the trained
+            radius is measured, not bounded.)
     """
 
     causal = False
@@ -84,12 +96,15 @@ class TEPSSR(System):
         solver: Solver | None,
         estimator: Estimator | None,
         *,
-        pool: str,
+        pool: int | str,
         features: int,
         hidden: int,
+        layers: int,
+        gain: float,
         states: int,
         selective: bool,
         patch: int | str,
+        window: int | None,
         vocabulary: int,
         padding: int | None,
         positions: bool,
@@ -122,8 +137,17 @@ class TEPSSR(System):
                 f"{where}: expected padding to be one of {vocabulary} symbols, got {padding}; leave it None for images "
                 "and numbers"
             )
+        if layers < 0 or not gain > 0:
+            raise ConfigError(
+                f"{where}: expected layers >= 0 and gain > 0, got {layers} and {gain}; e.g. 1 and 16, or 0 layers for "
+                "the potential"
+            )
         self.features, self.hidden, self.states, self.selective = features, hidden, states, selective
-        self.patch, self.vocabulary, self.positions, self.pool = patch, vocabulary, positions, pool
+        self.layers, self.gain = layers, gain
+        small = patch in (1, "rows") or len(self.input_shape) < 3
+        self.patch, self.vocabulary = patch, vocabulary
+        self.window = (4 if small and not vocabulary else 1) if window is None else window
+        self.positions, self.pool = positions, pool
         self.attention, self.heads, self.encoding = attention, heads, encoding
         self.timescale, self.chunk = timescale, chunk
         self.coupling_scale, self.norm_bound = coupling_scale, norm_bound
@@ -134,20 +158,35 @@ class TEPSSR(System):
 
     def parts(self) -> tuple[Dynamics, Reader]:
         """Freshly drawn dynamics and read-out."""
-        stream = Stream(self.input_shape, self.features, self.patch, self.vocabulary, self.positions, self.mask)
+        stream = Stream(
+            self.input_shape, self.features, self.patch, self.vocabulary, self.positions, self.mask, self.window
+        )
         dynamics = self.dynamics_of(stream)
         dynamics.elastic, dynamics.encoding = self.elastic, self.encoding
-        return dynamics, Reader(stream.count, self.features, self.num_classes, self.pool)
+        width = self.hidden if self.layers else self.features
+        return dynamics, Reader(stream.count, width, self.num_classes, self.pool)
 
     def dynamics_of(self, stream: Stream) -> TokenEnergy | CausalField:
         """The dynamics of the tokens that the stream drives."""
         kinds = 1 + (self.attention != "none")
         share = None if self.norm_bound is None else self.norm_bound / kinds
+        nodes = [self.node(stream)]
         terms: list[Coupling] = [Drive("tokens", stream)]
         if self.attention != "none":
             terms.append(self._attention(share))
-        terms.append(Potential(self.state_space(stream, None if share is None else math.sqrt(share)), "tokens"))
-        return TokenEnergy([self.node(stream)], terms)
+        if not self.layers:
+            op = self.state_space(stream, None if share is None else math.sqrt(share))
+            terms.append(Potential(op, "tokens", drive=Carried(op, 0, stream, constant=False)))
+        joint, _ = chain_bounds(share, self.layers + 1, lateral=False)
+        below, width, slope = "tokens", self.features, 1.0
+        for i in range(self.layers):
+            name, steeper = f"layer{i + 1}", slope * self.gain
+            bound = None if joint is None else joint / math.sqrt(slope * steeper)
+            op = self.state_space(stream, bound, width)
+            nodes.append(Node(name, (stream.count, self.hidden), Tanh(steeper)))
+            terms += [Bilinear(op, below, name), Drive(name, Carried(op, i, stream, constant=True))]
+            below, width, slope = name, self.hidden, steeper
+        return TokenEnergy(nodes, terms)
 
     def node(self, stream: Stream) -> Node:
         """The tokens."""
@@ -156,26 +195,33 @@ class TEPSSR(System):
         norm.log_gain.requires_grad_(False)
         return Node("tokens", (stream.count, self.features), norm)
 
-    def state_space(self, stream: Stream, bound: float | None) -> SSM:
+    def state_space(self, stream: Stream, bound: float | None, width: int | None = None) -> SSM:
         """A state-space map of norm at most ``bound``, whose gates read what drives the tokens."""
+        width = self.features if width is None else width
         longest = max(2.0, stream.count / 2) if self.timescale is None else self.timescale
         if not longest >= 1:
             raise ConfigError(
                 f"{type(self).__name__}: expected timescale None or >= 1 token, got {longest}; try the length over 2"
             )
         op = SSM(
-            self.features,
+            width,
             self.hidden,
             self.states,
             self._gates(stream) if self.selective else None,
             self.mask,
-            chunk_for(stream.count) if self.chunk is None else self.chunk,
+            self._chunk(stream.count),
             (1.0, longest),
-            scale=self.coupling_scale / math.sqrt(self.features),
+            scale=self.coupling_scale / math.sqrt(width),
         )
         if bound is not None:
             control_norm(op.project, bound)
         return op
+
+    def _chunk(self, count: int) -> int:
+        if self.chunk is not None:
+            return self.chunk
+        # learned step sizes make decays steeper, and long chunks of steep decays overflow
+        return chunk_for(count, 32 if self.selective else 64)
 
     def _gates(self, stream: Stream) -> nn.Module:
         linear = nn.Linear(self.features, 3 * self.hidden)
@@ -238,9 +284,13 @@ class TEPSSR(System):
                 "create the system with a larger vocabulary"
             )
 
-    def eigenvalues(self) -> Tensor:
-        r"""The decays of the state-space map at :math:`\Delta = 1`, complex ``(M, S)``, inside the unit disk."""
-        return next(m for m in self.equilibrium.modules() if isinstance(m, SSM)).eigenvalues()
+    def maps(self) -> list[SSM]:
+        """The state-space maps, from the tokens upwards."""
+        return [m for m in self.equilibrium.modules() if isinstance(m, SSM)]
+
+    def eigenvalues(self) -> list[Tensor]:
+        r"""The decays of each state-space map at :math:`\Delta = 1`, complex ``(M, S)``, inside the unit disk."""
+        return [op.eigenvalues() for op in self.maps()]
 
     def feedforward(self) -> nn.Module:
         """The same drive and one pass of the same block, freshly drawn."""
@@ -250,6 +300,7 @@ class TEPSSR(System):
     def criterion(self, logits: Tensor, y: Tensor) -> Tensor: ...
 
 
-def chunk_for(count: int) -> int:
-    """The largest divisor of ``count`` from 16 to 64, which leaves no chunk half empty; 32 where there is none."""
-    return next((c for c in range(min(64, count), 15, -1) if count % c == 0), 32)
+def chunk_for(count: int, most: int = 64) -> int:
+    """The largest divisor of ``count`` from a quarter of ``most`` to ``most``, which leaves no chunk half empty; half
+    of ``most`` where there is none."""
+    return next((c for c in range(min(most, count), most // 4 - 1, -1) if count % c == 0), most // 2)

@@ -21,13 +21,14 @@ IGNORED = -100
 
 
 class StateSpaceClassifier(TEPSSR):
-    r"""One label for a sequence or an image: :class:`TEPSSR` read out by its tokens' mean.
+    r"""One label for a sequence or an image: :class:`TEPSSR` read out by means over parts of it.
 
     Args:
         input_shape, num_classes, solver, estimator: as for :class:`TEPSSR`.
-        pool: ``"mean"``, ``"last"`` or ``"none"`` (every token with weights of its own).
-        features, hidden, states, selective, patch, vocabulary, padding, positions, attention, heads, encoding,
-            timescale, chunk, coupling_scale, norm_bound: as for :class:`TEPSSR`.
+        pool: a number K of equally long parts of the sequence whose means are read, ``"mean"`` (K = 1), ``"last"`` or
+            ``"none"`` (every token with weights of its own).
+        features, hidden, layers, gain, states, selective, patch, window, vocabulary, padding, positions, attention,
+            heads, encoding, timescale, chunk, coupling_scale, norm_bound: as for :class:`TEPSSR`.
     """
 
     def __init__(
@@ -37,12 +38,15 @@ class StateSpaceClassifier(TEPSSR):
         solver: Solver | None = None,
         estimator: Estimator | None = None,
         *,
-        pool: str = "mean",
+        pool: int | str = 7,
         features: int = 64,
         hidden: int = 64,
+        layers: int = 1,
+        gain: float = 16.0,
         states: int = 1,
         selective: bool = True,
         patch: int | str = "rows",
+        window: int | None = None,
         vocabulary: int = 0,
         padding: int | None = None,
         positions: bool = False,
@@ -55,11 +59,30 @@ class StateSpaceClassifier(TEPSSR):
         norm_bound: float | None = 0.9,
     ) -> None:
         super().__init__(
-            input_shape, num_classes, solver, estimator, pool=pool, features=features, hidden=hidden, states=states,
-            selective=selective, patch=patch, vocabulary=vocabulary, padding=padding, positions=positions,
-            attention=attention, heads=heads, encoding=encoding, timescale=timescale, chunk=chunk,
-            coupling_scale=coupling_scale, norm_bound=norm_bound,
-        )  # fmt: skip
+            input_shape,
+            num_classes,
+            solver,
+            estimator,
+            pool=pool,
+            features=features,
+            hidden=hidden,
+            layers=layers,
+            gain=gain,
+            states=states,
+            selective=selective,
+            patch=patch,
+            window=window,
+            vocabulary=vocabulary,
+            padding=padding,
+            positions=positions,
+            attention=attention,
+            heads=heads,
+            encoding=encoding,
+            timescale=timescale,
+            chunk=chunk,
+            coupling_scale=coupling_scale,
+            norm_bound=norm_bound,
+        )
 
     def criterion(self, logits: Tensor, y: Tensor) -> Tensor:
         return System.criterion(self, logits, y)
@@ -70,8 +93,8 @@ class StateSpaceTagger(TEPSSR):
 
     Args:
         input_shape, num_classes, solver, estimator: as for :class:`TEPSSR`.
-        features, hidden, states, selective, patch, vocabulary, padding, positions, attention, heads, encoding,
-            timescale, chunk, coupling_scale, norm_bound: as for :class:`TEPSSR`.
+        features, hidden, layers, gain, states, selective, patch, window, vocabulary, padding, positions, attention,
+            heads, encoding, timescale, chunk, coupling_scale, norm_bound: as for :class:`TEPSSR`.
     """
 
     def __init__(
@@ -83,9 +106,12 @@ class StateSpaceTagger(TEPSSR):
         *,
         features: int = 64,
         hidden: int = 64,
+        layers: int = 0,
+        gain: float = 16.0,
         states: int = 1,
         selective: bool = True,
         patch: int | str = "rows",
+        window: int = 1,
         vocabulary: int = 0,
         padding: int | None = None,
         positions: bool = False,
@@ -98,11 +124,30 @@ class StateSpaceTagger(TEPSSR):
         norm_bound: float | None = 0.9,
     ) -> None:
         super().__init__(
-            input_shape, num_classes, solver, estimator, pool="tokens", features=features, hidden=hidden,
-            states=states, selective=selective, patch=patch, vocabulary=vocabulary, padding=padding,
-            positions=positions, attention=attention, heads=heads, encoding=encoding, timescale=timescale,
-            chunk=chunk, coupling_scale=coupling_scale, norm_bound=norm_bound,
-        )  # fmt: skip
+            input_shape,
+            num_classes,
+            solver,
+            estimator,
+            pool="tokens",
+            features=features,
+            hidden=hidden,
+            layers=layers,
+            gain=gain,
+            states=states,
+            selective=selective,
+            patch=patch,
+            window=window,
+            vocabulary=vocabulary,
+            padding=padding,
+            positions=positions,
+            attention=attention,
+            heads=heads,
+            encoding=encoding,
+            timescale=timescale,
+            chunk=chunk,
+            coupling_scale=coupling_scale,
+            norm_bound=norm_bound,
+        )
 
     def criterion(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean cross entropy over the positions that have a label.
@@ -125,8 +170,8 @@ class CausalStateSpace(TEPSSR):
 
     Args:
         input_shape, num_classes, solver, estimator: as for :class:`TEPSSR`.
-        features, hidden, states, selective, patch, vocabulary, padding, encoding, timescale, chunk, coupling_scale:
-            as for :class:`TEPSSR`.
+        features, hidden, states, selective, patch, window, vocabulary, padding, encoding, timescale, chunk,
+            coupling_scale: as for :class:`TEPSSR`.
         norm_bound: bound on the product of the norms of V and S; None: free.
     """
 
@@ -144,6 +189,7 @@ class CausalStateSpace(TEPSSR):
         states: int = 1,
         selective: bool = True,
         patch: int | str = "rows",
+        window: int = 1,
         vocabulary: int = 0,
         padding: int | None = None,
         encoding: int = 0,
@@ -153,11 +199,30 @@ class CausalStateSpace(TEPSSR):
         norm_bound: float | None = 0.9,
     ) -> None:
         super().__init__(
-            input_shape, num_classes, solver, estimator, pool="tokens", features=features, hidden=hidden,
-            states=states, selective=selective, patch=patch, vocabulary=vocabulary, padding=padding, positions=False,
-            attention="none", heads=1, encoding=encoding, timescale=timescale, chunk=chunk,
-            coupling_scale=coupling_scale, norm_bound=norm_bound,
-        )  # fmt: skip
+            input_shape,
+            num_classes,
+            solver,
+            estimator,
+            pool="tokens",
+            features=features,
+            hidden=hidden,
+            layers=0,
+            gain=1.0,
+            states=states,
+            selective=selective,
+            patch=patch,
+            window=window,
+            vocabulary=vocabulary,
+            padding=padding,
+            positions=False,
+            attention="none",
+            heads=1,
+            encoding=encoding,
+            timescale=timescale,
+            chunk=chunk,
+            coupling_scale=coupling_scale,
+            norm_bound=norm_bound,
+        )
 
     def dynamics_of(self, stream: Stream) -> CausalField:
         share = None if self.norm_bound is None else math.sqrt(self.norm_bound)

@@ -20,6 +20,7 @@ _TRAIN: dict[tuple[str, str], dict[str, Any]] = {
     ("mstep", "conv"): {"epochs": 8, "learning_rate": 2e-3, "batch_size": 128, "shift": 1},
     ("mstep", "dense"): {"epochs": 12, "learning_rate": 1e-3, "batch_size": 128, "shift": 1},
     ("mstep", "sequence"): {"epochs": 6, "learning_rate": 2e-3, "batch_size": 128, "warmup": 0.05},
+    ("tepssr", "classifier"): {"epochs": 8, "learning_rate": 5e-3, "batch_size": 64, "warmup": 0.05},
     ("tpeqprop", "mlp"): {"epochs": 12, "learning_rate": 1e-3, "batch_size": 128, "shift": 1},
     ("tpeqprop", "residual"): {"epochs": 12, "learning_rate": 1e-3, "batch_size": 128, "warmup": 0.05},
     ("tpeqprop", "conv"): {"epochs": 8, "learning_rate": 2e-3, "batch_size": 128, "shift": 1},
@@ -97,6 +98,18 @@ _DEMO: dict[str, tuple[DemoRow, ...]] = {
             limit_test=2_000,
             seconds=20.0,
             train={"learning_rate": 3e-3, "batch_size": 32, "shift": 0},
+        ),
+    ),
+    "tepssr": (
+        DemoRow(
+            "tepssr",
+            "tepssr classifier",
+            {"arch": "classifier", "selective": False, "attention": "none"},
+            epochs=2,
+            limit_train=10_000,
+            limit_test=2_000,
+            seconds=15.0,
+            train={"learning_rate": 5e-3, "batch_size": 32},
         ),
     ),
     "tpeqprop": (

@@ -25,6 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "transformer": {"features": 8, "heads": 2, "hidden": 8, "patch": 14},
     "dense": {"hidden": (16,)},
     "residual": {"width": 8, "levels": 3},
+    "classifier": {"features": 8, "heads": 2, "hidden": 8, "patch": 14, "pool": 2},
     "sequence": {"features": 8, "heads": 2, "hidden": 8, "patch": 14},
 }
 """Options of a smoke run by architecture."""
