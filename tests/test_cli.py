@@ -345,3 +345,11 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     for name, tensor in expected.items():
         if name.startswith("model/"):
             assert torch.allclose(found[name], tensor, atol=2e-3), name
+
+
+def test_an_option_that_is_text_is_read_as_text() -> None:
+    from toreq.cli.parsing import parse_set
+
+    options = {"attention": "softmax", "selective": True, "gain": None, "hidden": (4,)}
+    found = parse_set(["attention=none", "selective=false", "gain=none", "hidden=3"], lambda _: options)
+    assert found == {"attention": "none", "selective": False, "gain": None, "hidden": (3,)}

@@ -42,17 +42,18 @@ def parse_set(assignments: Sequence[str], options_of: Callable[[str | None], Map
     """Return the options of `assignments` ("key=value"), values read as Python literals, else as text.
 
     `options_of(arch)` gives the legal options with defaults. An option whose default is a tuple takes a single number
-    too. Raises `ConfigError` for what is not an assignment, a key given twice, or a key that is neither an option nor
-    of the solver or estimator.
+    too, and one whose default is text takes the value as text. Raises `ConfigError` for what is not an assignment, a
+    key given twice, or a key that is neither an option nor of the solver or estimator.
     """
     options: dict[str, Any] = {}
+    given: dict[str, str] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set: expected key=value, got {assignment!r}; for example --set arch=conv")
         if key in options:
             raise ConfigError(f"--set: expected each key once, got {key!r} twice; leave one out")
-        options[key] = literal(text)
+        options[key], given[key] = literal(text), text
     arch = options.get("arch")
     defaults = options_of(None if arch is None else str(arch))
     known = [*defaults, "solver", "estimator", "settings"]
@@ -61,6 +62,8 @@ def parse_set(assignments: Sequence[str], options_of: Callable[[str | None], Map
             raise ConfigError(f"--set: expected an option of the system, got {key!r}; {nearest(key, known)}")
         if isinstance(defaults.get(key), (tuple, list)) and isinstance(value, (int, float)):
             options[key] = (value,)
+        elif isinstance(defaults.get(key), str) and not isinstance(value, str):
+            options[key] = given[key]  # attention=none names a kind of attention
     return options
 
 
