@@ -76,7 +76,7 @@ class TEPSSR(System):
         vocabulary: number of symbols; 0 for images and numbers.
         padding: the symbol that fills up short sequences, which then changes nothing; None: all symbols count.
         positions: learned positions, for the length given.
-        attention: ``"linear"`` (O(N)), ``"softmax"`` or ``"none"``.
+        attention: ``"linear"`` (O(N)), ``"softmax"`` or ``"none"`` (or None).
         heads: attention heads.
         encoding: steps of the start that see a timestep encoding, annealed to nothing at the last of them.
         timescale: longest initial time constant in tokens; half of N when None (at least 2).
@@ -108,7 +108,7 @@ class TEPSSR(System):
         vocabulary: int,
         padding: int | None,
         positions: bool,
-        attention: str,
+        attention: str | None,
         heads: int,
         encoding: int,
         timescale: float | None,
@@ -118,6 +118,7 @@ class TEPSSR(System):
     ) -> None:
         super().__init__(input_shape, num_classes)
         where = type(self).__name__
+        attention = "none" if attention is None else attention
         if attention not in ATTENTIONS:
             raise ConfigError(
                 f"{where}: expected attention in {ATTENTIONS}, got {attention!r}; {nearest(attention, ATTENTIONS)}"

@@ -19,6 +19,8 @@ from toreq.systems.tepssr_nets import CausalStateSpace, StateSpaceClassifier
 
 SYMBOLS, CLASSES, EXAMPLES, BATCH, RATE = 8, 2, 4, 16, 3e-3
 FEATURES, HIDDEN = 32, 32
+COUPLING = 2.0
+"""Initial scale, at which the norms begin at their bounds: a few steps would not make couplings strong."""
 LENGTHS = (64, 512, 4096)
 STEPS = {64: 100, 512: 60, 4096: 12}
 """Training steps between the two comparisons, by length."""
@@ -63,7 +65,7 @@ def build(variant: str, length: int, seed: int, small: bool) -> nn.Module:
     """One network, freshly drawn."""
     torch.manual_seed(seed)
     options: dict[str, Any] = {"features": 8, "hidden": 8} if small else {"features": FEATURES, "hidden": HIDDEN}
-    options |= {"vocabulary": SYMBOLS, **VARIANTS[variant][0]}
+    options |= {"vocabulary": SYMBOLS, "coupling_scale": COUPLING, **VARIANTS[variant][0]}
     if variant == "causal":
         return LastToken(CausalStateSpace((length,), CLASSES, **options))
     return StateSpaceClassifier((length,), CLASSES, **options)
@@ -160,14 +162,15 @@ def _protocol() -> str:
     steps = ", ".join(f"{s} at {n:,} tokens" for n, s in STEPS.items())
     return f"""
     As B1, by sequence length: estimators at their shipped settings in float32 with the shipped solver on {EXAMPLES}
-    sequences, before training and after a little of it (Adam at {RATE:g}, batch {BATCH}, steps: {steps}). Sequences are
-    random symbols of {SYMBOLS}, two of which are marks at random places; the class is which of them comes first.
-    Networks of {FEATURES} features and {HIDDEN} channels. The reference is the implicit gradient of a float64 copy
-    settled to a relative residual of 1e-12, on the shortest sequences itself compared with central finite differences
-    of the loss after training. Judged is the smallest cosine over estimators (centered and one-sided for energies,
-    the nonconservative one for the causal field), parameters and both phases; parameters whose reference gradient is
-    below 1e-6 of the largest count by their absolute error. Couplings must be strong for this to mean anything: the
-    trained relaxation's radius is asked to be at least {base.RADIUS:g}.
+    sequences, before training and after a little of it (Adam at {RATE:g}, batch {BATCH}, steps: {steps}). Sequences
+    are random symbols of {SYMBOLS}, two of which are marks at random places; the class is which of them comes first.
+    Networks of {FEATURES} features and {HIDDEN} channels, whose couplings begin at the bounds of their norms. The
+    reference is the implicit gradient of a float64 copy settled to a relative residual of 1e-12, on the shortest
+    sequences itself compared with central finite differences of the loss after training. Judged is the smallest cosine
+    over estimators (centered and one-sided for energies, the nonconservative one for the causal field), parameters and
+    both phases; parameters whose reference gradient is below 1e-6 of the largest count by their absolute error.
+    Couplings must be strong for this to mean anything: the trained relaxation's radius is asked to be at least
+    {base.RADIUS:g}.
     """
 
 

@@ -41,6 +41,8 @@ SYMBOLS, MARKS, RARE = 8, 2, 1 / 16
 """Symbols of a sequence, those of them that are marks, and how often a mark comes."""
 LENGTH, SEGMENT, SLOTS, DECAY = 64, 16, 4, 0.1
 KEYS, PAIRS = 8, 4
+COUPLING = 2.0
+"""Initial scale of the networks that are nudged, at which the norms are at their bounds."""
 RATE, TRIALS, BATCH = 5e-3, 3, 32
 SPACE = Space({"rate": Real(1e-3, 2e-2, log=True)})
 KEPT, EARLY = "nudge response, deepest over 10 steps", "gradient at the loop's start, deepest over 10 steps"
@@ -50,9 +52,11 @@ WORDS = "standard EqProp struggles with vanishing perturbations in deep loops"
 
 @dataclass(frozen=True)
 class Size:
-    """Optimizer steps, test sequences, features and channels, and most steps of a loop."""
+    """Optimizer steps of the taggers and of the blocks, test sequences, features and channels, and most steps of a
+    loop."""
 
     steps: int
+    blocks: int
     tested: int
     features: int
     hidden: int
@@ -60,9 +64,9 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size(2, 8, 8, 8, 10),
-    "quick": Size(300, 500, 32, 32, 300),
-    "full": Size(1500, 2000, 32, 32, 300),
+    "smoke": Size(2, 2, 8, 8, 8, 10),
+    "quick": Size(150, 800, 500, 32, 32, 300),
+    "full": Size(1000, 4000, 2000, 32, 32, 300),
 }
 
 
@@ -216,7 +220,7 @@ def _tags(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Quantity]:
 
 def _recalled(how: str, size: Size, trial: Trial, rate: float) -> Outcome:
     model = wrapped(how, size, trial.seed).to(trial.device)
-    fit(model, lambda g: recall(BATCH, PAIRS, g), size.steps, rate, trial.seed)
+    fit(model, lambda g: recall(BATCH, PAIRS, g), size.blocks, rate, trial.seed)
     x, y = (t.to(trial.device) for t in recall(size.tested, PAIRS, seeded(trial.seed, 10)))
     with torch.no_grad():
         right = torch.cat([model(part) for part in x.split(250)]).argmax(-1) == y
@@ -224,12 +228,15 @@ def _recalled(how: str, size: Size, trial: Trial, rate: float) -> Outcome:
         ACCURACY: Quantity(100 * float(right.double().mean()), "%"),
         "rate": Quantity(rate, ""),
     }
-    return Outcome(metrics, cost=Cost(counting.parameters(model), None, size.steps * BATCH))
+    return Outcome(metrics, cost=Cost(counting.parameters(model), None, size.blocks * BATCH))
 
 
 def _nudged(how: str, size: Size, trial: Trial) -> Outcome:
     torch.manual_seed(trial.seed)
-    options: dict[str, Any] = {"features": size.features, "hidden": size.hidden, "vocabulary": SYMBOLS, "pool": "mean"}
+    options: dict[str, Any] = {
+        "features": size.features, "hidden": size.hidden, "vocabulary": SYMBOLS, "pool": "mean",
+        "coupling_scale": COUPLING,
+    }  # fmt: skip
     net: StateSpaceClassifier | LoopedTransformer
     if how == "looped":
         net = LoopedTransformer((LENGTH,), MARKS, **options)
@@ -285,7 +292,8 @@ def held_out(trial: Trial, params: Mapping[str, Value]) -> float:
     """Percent of what is right on sequences of another seed after a third of the training with ``params``."""
     part, how = trial.side.split()
     size = SIZES[trial.budget.name]
-    steps, rate = max(1, size.steps // 3), float(str(params.get("rate", RATE)))
+    steps = max(1, (size.steps if part == "torus" else size.blocks) // 3)
+    rate = float(str(params.get("rate", RATE)))
     model = (tagged(how, size, trial.seed) if part == "torus" else wrapped(how, size, trial.seed)).to(trial.device)
 
     def draw(generator: torch.Generator, count: int = BATCH) -> tuple[Tensor, Tensor]:
@@ -316,20 +324,21 @@ CLAIM = Claim(
         ),
     ),
     protocol=f"""
-    Three parts. Nudge: a freshly drawn network (shipped options, 32 features and channels, plain iteration) and the
-    looped transformer on 4 sequences of {LENGTH} symbols. A random force of strength {BETA:g} on the read-out node in
-    nudged phases of {DEPTHS[0]} to {DEPTHS[-1]} steps, all of them run, free and nudged; judged is the response
-    of the tokens at the most steps over that at {DEEP}. Beside it, the gradient that backprop carries through as many
-    steps to the loop's start, in float64. Torus: a tagger (one layer, selective maps, no attention) names the last of
-    {MARKS} marks, which are a sixteenth of the symbols, at each of {LENGTH} positions, which it reads in segments of
-    {SEGMENT}; the states at the borders go round a ring of {SLOTS} slots (decay {DECAY:g}), or every segment begins
-    empty. Judged is the accuracy at positions whose last mark stands in an earlier segment; half is chance. Nothing is
-    learned across a border. Block: {PAIRS} pairs of a key and a value of {KEYS}, and one key again, whose value is
-    asked for: to find it is attention's work, to join a value to the key before it is a recurrence's. One ordinary
-    block in a loop, wrapped as a prediction error and learned by one nudged phase, with both paths or either; the same
-    width, so that both together have more parameters. Sizes: {SIZES["quick"].steps} steps (quick) or
-    {SIZES["full"].steps:,} (full) in batches of {BATCH}, Adam with a rate that rises and stays, tuned for each trained
-    side in {TRIALS} trials of a third of the steps on sequences of another seed. Fast settings.
+    Three parts. Nudge: a freshly drawn network (32 features and channels, plain iteration, couplings at the bounds of
+    their norms) and the looped transformer on 4 sequences of {LENGTH} symbols. A random force of strength {BETA:g} on
+    the read-out node in nudged phases of {DEPTHS[0]} to {DEPTHS[-1]} steps, all of them run, free and nudged; judged
+    is the response of the tokens at the most steps over that at {DEEP}. Beside it, the gradient that backprop carries
+    through as many steps to the loop's start, in float64. Torus: a tagger (one layer, selective maps, no attention)
+    names the last of {MARKS} marks, which are a sixteenth of the symbols, at each of {LENGTH} positions, which it
+    reads in segments of {SEGMENT}; the states at the borders go round a ring of {SLOTS} slots (decay {DECAY:g}), or
+    every segment begins empty. Judged is the accuracy at positions whose last mark stands in an earlier segment; half
+    is chance. Nothing is learned across a border. Block: {PAIRS} pairs of a key and a value of {KEYS}, and one key
+    again, whose value is asked for: to find it is attention's work, to join a value to the key before it is a
+    recurrence's. One ordinary block in a loop, wrapped as a prediction error and learned by one nudged phase, with
+    both paths or either; the same width, so that both together have more parameters. Sizes: taggers
+    {SIZES["quick"].steps} steps (quick) or {SIZES["full"].steps:,} (full), blocks {SIZES["quick"].blocks} or
+    {SIZES["full"].blocks:,}, in batches of {BATCH}, Adam with a rate that rises and stays, tuned for each trained side
+    in {TRIALS} trials of a third of the steps on sequences of another seed. Fast settings.
     """,
     sides=SIDES,
     run=run,
