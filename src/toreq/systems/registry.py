@@ -12,7 +12,7 @@ from toreq.estimators import Estimator
 from toreq.layer import equilibria
 from toreq.options import check_types
 from toreq.solvers import Solver
-from toreq.systems import mstep, tpeqprop_nets
+from toreq.systems import htsep, mstep, tpeqprop_nets
 from toreq.systems.base import System
 from toreq.systems.toreqprop import ARCHITECTURES
 
@@ -20,6 +20,7 @@ _SYSTEMS: dict[str, dict[str, type[System]]] = {
     "toreqprop": ARCHITECTURES,
     "mstep": mstep.ARCHITECTURES,
     "tpeqprop": tpeqprop_nets.ARCHITECTURES,
+    "htsep": htsep.ARCHITECTURES,
 }
 """System name -> architecture -> class; the first architecture is the default."""
 
