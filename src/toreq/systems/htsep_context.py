@@ -97,6 +97,7 @@ class ContextTorus(nn.Module):
         self.full = 0
         self._open: dict[str, Tensor] = {}
         self._drawing: Tensor | None = None
+        self._pinned: int | None = None
         copies = math.prod(self.sheets)
         total = math.prod(self.shape) * copies
         self.register_buffer("mean", torch.zeros(total, features))
@@ -169,6 +170,8 @@ class ContextTorus(nn.Module):
     @torch.no_grad()
     def address(self, x: Tensor) -> Tensor:
         """The slot of each input's context, int64 ``(B,)``; slot 0 before anything has been seen."""
+        if self._pinned is not None:
+            return torch.full((x.shape[0],), self._pinned, dtype=torch.int64, device=x.device)
         if not bool((self.count > 0).any()):
             return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         found, used = self.likelihood(x)
@@ -240,6 +243,15 @@ class ContextTorus(nn.Module):
             yield
         finally:
             self._open, self._drawing = {}, None
+
+    @contextlib.contextmanager
+    def pinned(self, slot: int) -> Iterator[None]:
+        """A context in which every input has the place of one slot."""
+        self._pinned = slot
+        try:
+            yield
+        finally:
+            self._pinned = None
 
     @torch.no_grad()
     def gates(self, x: Tensor, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from toreq.systems.htsep import HTSEP
 
 
 def continual_step(
-    net: HTSEP, x: Tensor, y: Tensor, rate: float, *, steps: int = 20, damping: float = 1.0, beta: float = 0.01
+    net: HTSEP, x: Tensor, y: Tensor, rate: float, *, steps: int = 20, damping: float = 1.0, beta: float = 0.3
 ) -> float:
     r"""One batch learned by continual Equilibrium Propagation (Ernoult et al. 2020).
 
@@ -26,7 +26,8 @@ def continual_step(
               \theta^{t+1} = \theta^t - \tfrac\eta\beta\,[\partial_\theta E(h^{t+1}) - \partial_\theta E(h^t)] .
 
     As :math:`\eta \to 0` the weights stand still, the sum telescopes, and the update is :math:`-\eta` times the
-    one-sided contrast; at a finite rate the equilibrium moves while it is approached. No state but the present one is
+    one-sided contrast; at a finite rate the equilibrium moves while it is approached, and what the weights move it by
+    must stay small beside the nudge: beta is large here, and the rate of plain gradient descent. No state but the present one is
     kept, and no phase has to be remembered. The head takes an ordinary step of gradient descent.
 
     Args:
