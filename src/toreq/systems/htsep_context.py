@@ -185,18 +185,29 @@ class ContextTorus(nn.Module):
         """
         if self.contexts == 0:
             return self._open_new(x, 0)
+        slot, own, z = self._nearest(x)
+        if z > self.novelty:
+            free = (self.count == 0).nonzero().flatten()
+            if len(free):
+                return self._open_new(x, self._farthest(free, (self.count > 0).nonzero().flatten()))
+            self.full += 1
+        self._follow(slot, x, own)
+        return slot
+
+    @torch.no_grad()
+    def novel(self, x: Tensor) -> bool:
+        """Whether a batch would open a context, had it room."""
+        return self.contexts == 0 or self._nearest(x)[2] > self.novelty
+
+    def _nearest(self, x: Tensor) -> tuple[int, Tensor, float]:
+        """The slot under which a batch is likeliest, its likelihoods there, and by how many deviations they fall short
+        of what that context is used to; 0 while it is new."""
         found, used = self.likelihood(x)
         means = found.mean(0)
         best = int(means.argmax())
         slot = int(used[best])
         z = (self.level[slot] - means[best]) / self.wobble[slot].clamp_min(1e-12).sqrt()
-        if float(self.count[slot]) >= GRACE and float(z) > self.novelty:
-            free = (self.count == 0).nonzero().flatten()
-            if len(free):
-                return self._open_new(x, self._farthest(free, used))
-            self.full += 1
-        self._follow(slot, x, found[:, best])
-        return slot
+        return slot, found[:, best], float(z) if float(self.count[slot]) >= GRACE else 0.0
 
     def _farthest(self, free: Tensor, used: Tensor) -> int:
         sizes = self.slots.new_tensor([*self.shape, *self.sheets])

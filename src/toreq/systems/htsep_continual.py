@@ -27,8 +27,8 @@ def continual_step(
 
     As :math:`\eta \to 0` the weights stand still, the sum telescopes, and the update is :math:`-\eta` times the
     one-sided contrast; at a finite rate the equilibrium moves while it is approached, and what the weights move it by
-    must stay small beside the nudge: beta is large here, and the rate of plain gradient descent. No state but the present one is
-    kept, and no phase has to be remembered. The head takes an ordinary step of gradient descent.
+    must stay small beside the nudge: beta is large here, and the rate of plain gradient descent. No state but the
+    present one is kept, and no phase has to be remembered. The head takes an ordinary step of gradient descent.
 
     Args:
         net: in training mode or not; its parameters are changed.
