@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from toreq.core import Dense
 from toreq.evidence import BUDGETS, Claim, Outcome, Trial
 from toreq.evidence.htsep import (
     CLAIMS,
@@ -102,16 +103,15 @@ def test_gates_keep_what_was_learned_where_open_units_forget() -> None:
         net = learner.module
         assert isinstance(net, HTSEP)
         learner._count = lambda x, y: None  # type: ignore[method-assign]
-        after = 0.0
+        x, y = stream.test(0)
+        per, outputs, right = len(stream) // 3, [], []
         for i in range(len(stream)):
             batch = stream.batch(i)
             learner.observe(batch.x, batch.y)
-            if batch.last and batch.phase == 0:
-                x, y = stream.test(0)
-                before = net.eval()(x).detach()
-                after = float((learner.predict(x) == y).double().mean())
-        end = net.eval()(x).detach()
-        changes[side] = (after, float((learner.predict(x) == y).double().mean()), float((end - before).norm()))
+            if i + 1 in (per, len(stream)):
+                outputs.append(net.eval()(x).detach())
+                right.append(float((outputs[-1].argmax(1) == y).double().mean()))
+        changes[side] = (*right, float((outputs[1] - outputs[0]).norm()))
         if side == retention.OWN:
             assert net.context.contexts == 3
     assert changes[retention.OWN][0] > 0.3
@@ -150,11 +150,9 @@ def test_one_pass_counts_the_products_of_the_second_convolution() -> None:
 
 @pytest.mark.parametrize("radius", [0.5, 1.2])
 def test_networks_of_h4_have_the_radius_they_are_asked_for(radius: float) -> None:
-    net = steps.network(16, 0, radius, bounded=False)
-    (op,) = [m for m in net.modules() if type(m).__name__ == "Dense"]
+    (op,) = [m for m in steps.network(16, 0, radius, bounded=False).modules() if isinstance(m, Dense)]
     assert op.norm(200) == pytest.approx(radius, rel=1e-3)
-    bounded = steps.network(16, 0, radius, bounded=True)
-    (op,) = [m for m in bounded.modules() if type(m).__name__ == "ParametrizedDense"]
+    (op,) = [m for m in steps.network(16, 0, radius, bounded=True).modules() if isinstance(m, Dense)]
     assert op.norm(200) == pytest.approx(min(radius, steps.BOUND), rel=2e-2)
 
 

@@ -120,10 +120,10 @@ CLAIM = Claim(
     protocol=f"""
     Dense networks of 2, 16 and {DEEPEST} levels (32 units quick, 96 full) joined both ways under one bound on the norm
     of all couplings, half of the units opened, slopes that rise from level to level as in T2's deep Hopfield networks,
-    trained for one (3,000 digits, quick) or three epochs (20,000) of MNIST by Adam at {RATE:g}. On the deepest the norms
-    of the gradients of the first and the last joint are compared, and its phases are run for {LONG:,} and for {SHORT}
-    steps without a stop. Settling runs through every level in each step, so that {LONG:,} steps are as many effective
-    layers. The twin has the same widths and slopes and is trained by backprop.
+    trained for one (3,000 digits, quick) or three epochs (20,000) of MNIST by Adam at {RATE:g}. On the deepest the
+    norms of the gradients of the first and the last joint are compared, and its phases are run for {LONG:,} and for
+    {SHORT} steps without a stop. Settling runs through every level in each step, so that {LONG:,} steps are as many
+    effective layers. The twin has the same widths and slopes and is trained by backprop.
     """,
     sides=SIDES,
     run=run,
