@@ -4,6 +4,7 @@ from toreq.core.attention import Attention, LinearAttention
 from toreq.core.convolution import Conv
 from toreq.core.couplings import Bilinear, Coupling, Drive, Lateral, Potential
 from toreq.core.energy import Dynamics, Energy
+from toreq.core.gating import GatedBilinear
 from toreq.core.inputs import Standardize
 from toreq.core.nodes import (
     Activation,
@@ -40,6 +41,7 @@ __all__ = [
     "Drive",
     "Dynamics",
     "Energy",
+    "GatedBilinear",
     "HardSigmoid",
     "Identity",
     "IdentityOperator",

@@ -133,6 +133,11 @@ class Drive(Coupling):
         return {"drive": d * per_example(weight, d)}
 
 
+def flat(gate: nn.Module) -> bool:
+    """Whether a gate says that it has no slope, neither in its input nor in parameters."""
+    return bool(getattr(gate, "flat", False))
+
+
 def _op_bound(op: Operator, x: Any = None, module: nn.Module | None = None) -> Bound:
     return Bound(shared=op.tensors(), batched={"drive": module(x)} if module is not None and x is not None else {})
 
@@ -209,7 +214,8 @@ class Lateral(Coupling):
     Args:
         op: a symmetric operator on the node's shape.
         node: the node's name.
-        gate: module mapping ``x`` to g of shape ``(B, *node_shape)``, usually ending in a sigmoid.
+        gate: module mapping ``x`` to g of shape ``(B, *node_shape)``, usually ending in a sigmoid; one with a true
+            attribute ``flat`` opens and closes without a slope, and no gradient is computed for it.
     """
 
     analytic = True
@@ -251,8 +257,9 @@ class Lateral(Coupling):
             return self.op.gradient(wd, m, bound.shared)
         g = bound["gate"]
         grads = self.op.gradient(g * wd, g * m, bound.shared)
-        # d/dg of 1/2 <gh, A gh> is h * A(gh); its contrast, again differences first
-        grads["gate"] = wd * self.op(g * m, bound.shared) + m * self.op(g * wd, bound.shared)
+        if not flat(self.gate):
+            # d/dg of 1/2 <gh, A gh> is h * A(gh); its contrast, again differences first
+            grads["gate"] = wd * self.op(g * m, bound.shared) + m * self.op(g * wd, bound.shared)
         return grads
 
 

@@ -65,7 +65,8 @@ def png(figure: Figure) -> bytes:
 
 
 @contextmanager
-def _axes(theme: Theme, height: float = HEIGHT, width: float = WIDTH) -> Iterator[tuple[Figure, Axes, Palette]]:
+def axes_of(theme: Theme, height: float = HEIGHT, width: float = WIDTH) -> Iterator[tuple[Figure, Axes, Palette]]:
+    """A figure of one theme, its axes and its colours, for as long as it is drawn."""
     palette = PALETTES[theme]
     settings: Any = {
         "font.size": 10,
@@ -108,7 +109,7 @@ def curves(
     whole_steps: bool = True,
 ) -> Figure:
     """Several labelled curves in one frame."""
-    with _axes(theme) as (figure, axes, palette):
+    with axes_of(theme) as (figure, axes, palette):
         for index, line in enumerate(lines):
             axes.plot(
                 line.x,
@@ -137,7 +138,7 @@ def learning(
     theme: Theme = "light",
 ) -> Figure:
     """Loss (left axis) and accuracies in percent (right axis) against epochs."""
-    with _axes(theme) as (figure, axes, palette):
+    with axes_of(theme) as (figure, axes, palette):
         marker = MARKERS[0] if len(epochs) <= 30 else None
         (drawn,) = axes.plot(epochs, loss, color=palette.series[0], marker=marker, label="training loss")
         handles = [drawn]
@@ -166,7 +167,7 @@ def residuals(phases: Mapping[str, Array], tolerance: float | None, theme: Theme
 
     ``phases`` maps a label to a (T, B) array of relative residuals.
     """
-    with _axes(theme) as (figure, axes, palette):
+    with axes_of(theme) as (figure, axes, palette):
         for index, (label, values) in enumerate(phases.items()):
             if len(values) == 0:
                 continue
@@ -195,7 +196,7 @@ def residuals(phases: Mapping[str, Array], tolerance: float | None, theme: Theme
 def levels(distance: Sequence[Array], theme: Theme = "light") -> Figure:
     """Each level's distance from its equilibrium against step, the finest first: median over examples and the middle
     80%; per level (T, B), the start in the first row."""
-    with _axes(theme) as (figure, axes, palette):
+    with axes_of(theme) as (figure, axes, palette):
         for index, values in enumerate(distance):
             shown = np.where(np.asarray(values) > 0, values, np.nan)
             low, middle, high = (_quantile(shown, q) for q in (0.1, 0.5, 0.9))
@@ -215,7 +216,7 @@ def level_maps(maps: Sequence[Array], theme: Theme = "light") -> Figure:
     distance in powers of ten, from a level's largest down to a thousandth of it; per level (T, H, W)."""
     last = len(maps[0]) - 1
     steps = sorted({round(last * i / 5) for i in range(6)})
-    with _axes(theme, height=0.75 + 0.78 * len(maps)) as (figure, axes, palette):
+    with axes_of(theme, height=0.75 + 0.78 * len(maps)) as (figure, axes, palette):
         axes.remove()
         figure.suptitle("Distance from equilibrium, one image", fontsize=10.5)
         for row, values in enumerate(maps):
@@ -242,7 +243,7 @@ def level_errors(sizes: Array, theme: Theme = "light") -> Figure:
     # a level that no error has reached yet stays empty
     shown = np.log10(np.where(middle > 0, np.maximum(middle, 1e-6 * top), np.nan))
     steps, count = middle.shape[1], len(middle)
-    with _axes(theme) as (figure, axes, palette):
+    with axes_of(theme) as (figure, axes, palette):
         axes.grid(visible=False)
         extent = (-0.5, steps - 0.5, 0.5, count + 0.5)
         image = axes.imshow(
@@ -264,7 +265,7 @@ def _quantile(values: Array, q: float) -> Array:
 def energy(trace: Array, theme: Theme = "light") -> Figure:
     """Energy above its last value against step: median over examples and the band that holds 80% of them; (T, B)."""
     above = np.asarray(trace, dtype=np.float64) - np.asarray(trace, dtype=np.float64)[-1]
-    with _axes(theme) as (figure, axes, palette):
+    with axes_of(theme) as (figure, axes, palette):
         steps = np.arange(1, len(above) + 1)
         low, middle, high = (np.quantile(above, q, axis=1) for q in (0.1, 0.5, 0.9))
         axes.fill_between(steps, low, high, color=palette.series[2], alpha=0.25, linewidth=0)
@@ -276,7 +277,7 @@ def energy(trace: Array, theme: Theme = "light") -> Figure:
 
 def steps_histogram(phases: Mapping[str, Array], theme: Theme = "light") -> Figure:
     """How many relaxation steps each example took, per phase, as shares of the examples."""
-    with _axes(theme) as (figure, axes, palette):
+    with axes_of(theme) as (figure, axes, palette):
         present = {label: np.asarray(values) for label, values in phases.items() if len(values)}
         last = max((int(values.max()) for values in present.values()), default=1)
         width = max(1, -(-last // 40))
@@ -303,7 +304,7 @@ def confusion(counts: Array, theme: Theme = "light") -> Figure:
     """Confusion matrix, rows the true class; colour is the share of the row, figures are counts; (C, C)."""
     total = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     share = counts / total
-    with _axes(theme, height=WIDTH) as (figure, axes, palette):
+    with axes_of(theme, height=WIDTH) as (figure, axes, palette):
         axes.grid(visible=False)
         # A square root keeps the few errors visible beside a full diagonal.
         image = axes.imshow(np.sqrt(share), cmap=palette.ramp, vmin=0.0, vmax=1.0)
@@ -334,7 +335,7 @@ def misclassified(images: Array, truth: Array, predicted: Array, theme: Theme = 
     shown = min(len(images), 25)
     columns = 5
     rows = max(1, -(-shown // columns))
-    with _axes(theme, height=0.55 + 1.0 * rows) as (figure, axes, _):
+    with axes_of(theme, height=0.55 + 1.0 * rows) as (figure, axes, _):
         axes.remove()
         figure.suptitle(
             "Misclassified: true \N{RIGHTWARDS ARROW} predicted" if shown else "Misclassified: none",
@@ -359,7 +360,7 @@ def bars(
 ) -> Figure:
     """Horizontal bars of one colour per group, each with its value written beside it."""
     kinds = list(dict.fromkeys(groups))
-    with _axes(theme, height=0.95 + 0.36 * max(len(labels), 1)) as (figure, axes, palette):
+    with axes_of(theme, height=0.95 + 0.36 * max(len(labels), 1)) as (figure, axes, palette):
         places = np.arange(len(labels))[::-1]
         drawn = axes.barh(places, values, color=[palette.series[kinds.index(g) % 5] for g in groups], height=0.65)
         axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=9)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from toreq.core import SSM
-from toreq.diagnostics.plots import MARKERS, Array, Theme, _axes
+from toreq.diagnostics.plots import MARKERS, Array, Theme, axes_of
 from toreq.diagnostics.relaxation import drive_and_cotangent
 from toreq.layer import Equilibrium, equilibria
 
@@ -71,7 +71,7 @@ def scans(net: nn.Module, x: Tensor, y: Tensor) -> Scans | None:
 
 def draw_eigenvalues(values: list[NDArray[np.complexfloating]], theme: Theme = "light") -> Figure:
     """The decays of each map in the complex plane, in the unit disk (upper half: conjugates decay alike)."""
-    with _axes(theme) as (figure, axes, palette):
+    with axes_of(theme) as (figure, axes, palette):
         angle = np.linspace(0, np.pi, 181)
         axes.plot(np.cos(angle), np.sin(angle), color=palette.ink, linewidth=1.0)
         for index, one in enumerate(values):
@@ -94,7 +94,7 @@ def draw_tokens(distance: Array, theme: Theme = "light") -> Figure:
     down to a millionth of it; (T, N), the start in the first row."""
     values = np.asarray(distance, dtype=np.float64).T
     top = max(float(values.max()), np.finfo(np.float64).tiny)
-    with _axes(theme) as (figure, axes, palette):
+    with axes_of(theme) as (figure, axes, palette):
         axes.grid(visible=False)
         shown = np.log10(np.maximum(values, 1e-6 * top))
         image = axes.imshow(shown, cmap=palette.ramp, origin="lower", aspect="auto", interpolation="nearest")

@@ -12,9 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
-from toreq.diagnostics import html, plots
+from toreq.diagnostics import context_plots, html, plots
+from toreq.diagnostics.contexts import spike_raster, torus_view
 from toreq.diagnostics.errors import level_errors
 from toreq.diagnostics.levels import LevelSettling, level_settling
 from toreq.diagnostics.plots import Theme
@@ -38,6 +39,8 @@ CAPTIONS = {
     "errors": "Size of each level's error after each step of the nudged phase beside the nudge: median over examples.",
     "eigenvalues": "The decays of the state-space maps at a step size of 1: all inside the unit disk.",
     "tokens": "How far each token is from where it settles, step by step: mean over examples.",
+    "torus": "The torus of contexts: what its slots have seen, its curvature, and the units that one digit opens (+).",
+    "raster": "Spikes of the first layer while one digit settles; units of closed gates are silent.",
     "confusion": "Which digits the trained net takes for which, on the test set.",
     "misclassified": "Test images that the trained net gets wrong.",
 }
@@ -93,6 +96,7 @@ def draw_run(run: Run) -> tuple[dict[str, Drawing], list[str]]:
         if recorded.free.energy is None:
             missing.append("the energy (this field is not the gradient of one)")
         drawings |= _draw_levels(level_settling(run.model, x[:RECORDED], y[:RECORDED]))
+        drawings |= _draw_contexts(run.model, x)
         errors = level_errors(run.model, x[:RECORDED], y[:RECORDED])
         if errors is not None:
             drawings["errors"] = lambda theme: plots.level_errors(errors.sizes, theme)
@@ -117,6 +121,16 @@ def draw_relaxation(recorded: Relaxation) -> dict[str, Drawing]:
     trace = free.energy
     if trace is not None:
         drawings["energy"] = lambda theme: plots.energy(trace, theme)
+    return drawings
+
+
+def _draw_contexts(model: nn.Module, x: Tensor) -> dict[str, Drawing]:
+    drawings: dict[str, Drawing] = {}
+    view, spikes = torus_view(model, x), spike_raster(model, x)
+    if view is not None:
+        drawings["torus"] = lambda theme: context_plots.torus(view, theme)
+    if spikes is not None:
+        drawings["raster"] = lambda theme: context_plots.raster(spikes, theme)
     return drawings
 
 

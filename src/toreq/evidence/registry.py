@@ -8,7 +8,13 @@ from collections.abc import Iterable
 from toreq.errors import ConfigError, nearest
 from toreq.evidence.claim import Claim
 
-MODULES = ("toreq.evidence.base", "toreq.evidence.mstep", "toreq.evidence.tpeqprop", "toreq.evidence.tepssr")
+MODULES = (
+    "toreq.evidence.base",
+    "toreq.evidence.mstep",
+    "toreq.evidence.tpeqprop",
+    "toreq.evidence.tepssr",
+    "toreq.evidence.htsep",
+)
 """Modules that are asked for their ``CLAIMS``, in the order in which they are listed."""
 
 

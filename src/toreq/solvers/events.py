@@ -11,6 +11,7 @@ from torch import Tensor
 from toreq.core.convolution import Conv
 from toreq.core.couplings import Bilinear, Coupling, Drive, Lateral
 from toreq.core.energy import Energy
+from toreq.core.gating import GatedBilinear
 from toreq.core.operators import Dense, IdentityOperator, Operator
 from toreq.core.quadratic import SelfCoupling
 from toreq.core.state import Bindings, Bound, State, added
@@ -80,12 +81,24 @@ def _reached(c: Coupling, bound: Bound, like: State) -> State:
             c.pre: _paths(c.op, c.op.adjoint(ones[c.post], mask)),
             c.post: _paths(c.op, c.op.forward(ones[c.pre], mask)),
         }
+    if isinstance(c, GatedBilinear):
+        mask = _synapses(c.op, bound)
+        below, above = (
+            (bound[k] != 0).to(torch.float64).expand_as(ones[n])
+            for k, n in (("gate_pre", c.pre), ("gate_post", c.post))
+        )
+        return {
+            c.pre: below * _paths(c.op, c.op.adjoint(above.contiguous(), mask)),
+            c.post: above * _paths(c.op, c.op.forward(below.contiguous(), mask)),
+        }
     if isinstance(c, Lateral):
-        open_ = ones[c.node] if c.gate is None else (bound["gate"] != 0).to(torch.float64)
+        open_ = ones[c.node]
+        if c.gate is not None:
+            open_ = (bound["gate"] != 0).to(torch.float64).expand_as(open_).contiguous()
         return {c.node: open_ * _paths(c.op, c.op.adjoint(open_, _synapses(c.op, bound)))}
     raise ConfigError(
-        f"fan_out: expected Bilinear, Lateral, SelfCoupling and Drive, got {type(c).__name__}; count its synapses "
-        "yourself and pass them on"
+        f"fan_out: expected Bilinear, GatedBilinear, Lateral, SelfCoupling and Drive, got {type(c).__name__}; count "
+        "its synapses yourself and pass them on"
     )
 
 

@@ -179,7 +179,11 @@ class Spiking(Solver):
             )
         assert self.noise is not None
         gains = {n: _gain(network, n) for n in a}
-        start = {n: t + _spread(t, k) for k, (n, t) in enumerate(h.items())} if self.scheme == "sigma_delta" else a
+        start = (
+            {n: t + start_of_membranes(t, k) for k, (n, t) in enumerate(h.items())}
+            if self.scheme == "sigma_delta"
+            else a
+        )
         zeros = {n: torch.zeros_like(t) for n, t in a.items()}
         rings = None
         if self.window is not None:
@@ -266,7 +270,7 @@ def _gain(network: Dynamics, name: str) -> float:
     return sigma.gain
 
 
-def _spread(like: Tensor, offset: int) -> Tensor:
+def start_of_membranes(like: Tensor, offset: int) -> Tensor:
     """Numbers in [0, 1), one for each unit and alike for all examples, spread by multiples of the golden ratio."""
     count = math.prod(like.shape[1:])
     index = torch.arange(count, dtype=torch.float64) * GOLDEN + 0.5 + offset * GOLDEN**2

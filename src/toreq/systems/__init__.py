@@ -2,6 +2,7 @@
 
 from toreq.systems.base import System
 from toreq.systems.deep_hopfield import ConvHopfield, DeepHopfield
+from toreq.systems.htsep import HTSEP, HTSEPConv, HTSEPDense
 from toreq.systems.looped_transformer import LoopedTransformer
 from toreq.systems.mstep import MultiScaleConv, MultiScaleDense, MultiScaleSequence
 from toreq.systems.registry import architectures, create, from_config, names, options
@@ -12,10 +13,13 @@ from toreq.systems.tpeqprop import TPEqProp
 from toreq.systems.tpeqprop_nets import PredictiveConv, PredictiveMLP, PredictiveResidual, PredictiveTransformer
 
 __all__ = [
+    "HTSEP",
     "TEPSSR",
     "CausalStateSpace",
     "ConvHopfield",
     "DeepHopfield",
+    "HTSEPConv",
+    "HTSEPDense",
     "LoopedTransformer",
     "MultiScaleConv",
     "MultiScaleDense",

@@ -12,7 +12,7 @@ from toreq.estimators import Estimator
 from toreq.layer import equilibria
 from toreq.options import check_types
 from toreq.solvers import Solver
-from toreq.systems import mstep, tepssr_nets, tpeqprop_nets
+from toreq.systems import htsep, mstep, tepssr_nets, tpeqprop_nets
 from toreq.systems.base import System
 from toreq.systems.toreqprop import ARCHITECTURES
 
@@ -22,6 +22,7 @@ _SYSTEMS: dict[str, dict[str, type[System]]] = {
     "tpeqprop": tpeqprop_nets.ARCHITECTURES,
     # the tagger and the causal one take a label for every token, which what goes through all systems does not give
     "tepssr": {"classifier": tepssr_nets.StateSpaceClassifier},
+    "htsep": htsep.ARCHITECTURES,
 }
 """System name -> architecture -> class; the first architecture is the default."""
 

@@ -25,6 +25,8 @@ _TRAIN: dict[tuple[str, str], dict[str, Any]] = {
     ("tpeqprop", "residual"): {"epochs": 12, "learning_rate": 1e-3, "batch_size": 128, "warmup": 0.05},
     ("tpeqprop", "conv"): {"epochs": 8, "learning_rate": 2e-3, "batch_size": 128, "shift": 1},
     ("tpeqprop", "transformer"): {"epochs": 8, "learning_rate": 2e-3, "batch_size": 128, "warmup": 0.05},
+    ("htsep", "dense"): {"epochs": 12, "learning_rate": 1e-3, "batch_size": 64, "shift": 1},
+    ("htsep", "conv"): {"epochs": 8, "learning_rate": 2e-3, "batch_size": 64, "shift": 1},
 }
 
 
@@ -131,6 +133,17 @@ _DEMO: dict[str, tuple[DemoRow, ...]] = {
             limit_test=2_000,
             seconds=15.0,
             train={"learning_rate": 2e-3},
+        ),
+    ),
+    "htsep": (
+        DemoRow(
+            "htsep",
+            "htsep dense",
+            {"arch": "dense"},
+            epochs=2,
+            limit_train=20_000,
+            seconds=15.0,
+            train={"learning_rate": 2e-3, "shift": 0},
         ),
     ),
 }

@@ -1,0 +1,133 @@
+"""H8: many effective layers: a thousand steps of settling, and a hundred and twenty-eight levels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from toreq.diagnostics.gradients import gradients
+from toreq.evidence import counting
+from toreq.evidence.claim import Claim, Cost, Criterion, Outcome, Picture, Quantity, Trial
+from toreq.evidence.htsep import nets
+from toreq.evidence.tpeqprop.depth import gain
+from toreq.systems.htsep import HTSEP
+
+OWN, FORWARD = "htsep", "bp-ff"
+SIDES = {
+    OWN: "levels joined both ways, gates of the torus, centered EqProp",
+    FORWARD: "the same levels and slopes, backprop in one pass",
+}
+DEEPEST, LONG, SHORT = 128, 1000, 100
+RATE = 1e-3
+RANGE = (-3.0, 3.0)
+
+
+def run(trial: Trial) -> Outcome:
+    """Train a shallow and a deep network; settle the deep one for a thousand steps."""
+    depths = trial.budget.pick((2, 5), (2, 16, DEEPEST), (2, 16, DEEPEST))
+    width, train, test = trial.budget.pick((8, 48, 10), (32, 3000, 500), (96, 20_000, 2000))
+    data = nets.digits(train, test)
+    metrics: dict[str, Quantity] = {}
+    curve: list[tuple[float, float | None]] = []
+    net: nn.Module = nn.Identity()
+    samples = 0
+    for levels in depths:
+        net = build(trial.side, levels, width, trial.seed)
+        one = replace(trial, scratch=trial.scratch / f"levels-{levels}")
+        at = nets.train(net, one, data, trial.budget.pick(1, 1, 3), RATE)
+        accuracy = 0.0 if at.diverged else at.curve[-1][1]
+        metrics[f"accuracy, {levels} levels"] = Quantity(accuracy, "%")
+        curve.append((float(levels), accuracy))
+        samples += at.samples
+    metrics["accuracy, deepest"] = Quantity(curve[-1][1], "%")
+    batch = min(16, train)
+    x, y = data.inputs("train", slice(0, batch)), data.train_y[:batch]
+    found = gradients(net.eval(), x, y)
+    metrics["log ratio of gradients, first to last level"] = Quantity(_ratio(found, net), "log10")
+    if isinstance(net, HTSEP):
+        metrics |= _long(net, x, y, trial.budget.pick(40, LONG, LONG))
+    return Outcome(metrics, {"accuracy": curve}, Cost(counting.parameters(net), None, samples))
+
+
+def build(side: str, levels: int, width: int, seed: int) -> nn.Module:
+    """A network of so many levels; slopes rise as in the deep Hopfield networks of T2."""
+    net = nets.build(
+        "dense", seed, hidden=(width,) * levels, lateral=False, gain=gain(levels), coupling_scale=0.4, gates="hard"
+    )
+    if side == OWN:
+        return net
+    torch.manual_seed(seed)
+    return net.feedforward()
+
+
+def _ratio(found: dict[str, torch.Tensor], net: nn.Module) -> float:
+    """Of the norms of the gradients of the first and the last weight that joins two levels."""
+    if isinstance(net, HTSEP):
+        joints = [n for n in found if n.endswith("op.parametrizations.weight.original")]
+    else:
+        joints = [n for n, g in found.items() if g.dim() == 2][1:-1]
+    first, last = (float(found[n].norm()) for n in (joints[0], joints[-1]))
+    tiny = 1e-30
+    return math.log10(max(first, tiny) / max(last, tiny))
+
+
+def _long(net: HTSEP, x: torch.Tensor, y: torch.Tensor, steps: int) -> dict[str, Quantity]:
+    layer = nets.layer(net)
+    shipped = layer.solver
+    found = []
+    for most in (max(2, steps // 10), steps):
+        layer.solver = replace(shipped, tolerance=0.0, max_steps=most, precision="full")
+        gradient = gradients(net, x, y)
+        found.append(torch.cat([g.flatten() for g in gradient.values()]).double())
+    last = layer.last.free
+    assert last is not None
+    layer.solver = shipped
+    cosine = float(torch.cosine_similarity(found[0], found[1], 0))
+    finite = float(bool(torch.isfinite(found[1]).all()))
+    return {
+        "residual after all steps": Quantity(float(last.residual.max()), "relative"),
+        "cosine of the gradient, all steps against a tenth": Quantity(cosine if math.isfinite(cosine) else 0.0, ""),
+        "finite after all steps": Quantity(finite, ""),
+    }
+
+
+CLAIM = Claim(
+    id="H8",
+    system="htsep",
+    seed_file=nets.SEED_FILE,
+    sentence="A hundred and more effective layers are stable.",
+    criteria=(
+        Criterion(
+            f"accuracy, {DEEPEST} levels", "accuracy, deepest", "%", "at_least", OWN, aim=95.0,
+            words="stable for 100+ effective layers", beside=(FORWARD,),
+        ),
+        Criterion(
+            "gradients neither vanish nor explode", "log ratio of gradients, first to last level", "log10", "between",
+            OWN, aim=RANGE, words="fixes vanishing gradients", beside=(FORWARD,),
+        ),
+        Criterion(
+            f"gradient after {LONG} steps", "cosine of the gradient, all steps against a tenth", "", "at_least", OWN,
+            aim=0.99, words="100+ effective layers in loops",
+        ),
+        Criterion(
+            f"residual after {LONG} steps", "residual after all steps", "relative", "at_most", OWN, aim=1e-3,
+            words="stable",
+        ),
+    ),
+    protocol=f"""
+    Dense networks of 2, 16 and {DEEPEST} levels (32 units quick, 96 full) joined both ways under one bound on the norm
+    of all couplings, half of the units opened, slopes that rise from level to level as in T2's deep Hopfield networks,
+    trained for one (3,000 digits, quick) or three epochs (20,000) of MNIST by Adam at {RATE:g}. On the deepest the
+    norms of the gradients of the first and the last joint are compared, and its phases are run for {LONG:,} and for
+    {SHORT} steps without a stop. Settling runs through every level in each step, so that {LONG:,} steps are as many
+    effective layers. The twin has the same widths and slopes and is trained by backprop.
+    """,
+    sides=SIDES,
+    run=run,
+    picture=Picture(
+        "Accuracy against levels", x_label="levels", y_label="test accuracy (%)", curves=("accuracy",), log_x=True
+    ),
+)  # fmt: skip

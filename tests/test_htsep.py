@@ -1,0 +1,470 @@
+"""HTSEP: gates on a torus of contexts, gradients, spikes, growth, and weights that move while it settles."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from toreq import systems
+from toreq.errors import ConfigError
+from toreq.estimators import Centered, Implicit, OneSided
+from toreq.solvers import Anderson, Spiking
+from toreq.solvers.events import fan_out
+from toreq.systems.htsep import HTSEP, HTSEPConv, HTSEPDense
+from toreq.systems.htsep_context import ContextTorus, spread
+from toreq.systems.htsep_continual import continual_step
+from toreq.systems.htsep_growth import grow
+from toreq.systems.htsep_langevin import ExploredCentered
+
+TIGHT = Anderson(length=3, tolerance=1e-12, max_steps=400)
+SHAPE = (1, 6, 6)
+
+
+def dense(**options: object) -> HTSEPDense:
+    torch.manual_seed(0)
+    chosen = {"hidden": (24, 12), "torus": (3, 3), "coupling_scale": 0.5, **options}
+    net = HTSEPDense(SHAPE, 4, TIGHT, **chosen).double()  # type: ignore[arg-type]
+    _steeper(net)
+    return net
+
+
+def conv(**options: object) -> HTSEPConv:
+    torch.manual_seed(0)
+    chosen = {"channels": (6, 8), "kernel": 3, "stride": 1, "torus": (3,), "lateral": True, **options}
+    net = HTSEPConv(SHAPE, 4, TIGHT, **chosen).double()  # type: ignore[arg-type]
+    _steeper(net)
+    return net
+
+
+def _steeper(net: HTSEP) -> None:
+    """Drives that leave most units between 0 and 1."""
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if "bias" in name or "value" in name:
+                # steeper upper layers saturate sooner
+                scale = 0.2 if "value" in name else 1.0
+                p.copy_(scale * (0.3 + 0.1 * torch.rand(p.shape, generator=g)))
+
+
+def batch(size: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(size, *SHAPE, generator=g, dtype=torch.float64), torch.randint(4, (size,), generator=g)
+
+
+def gradient(net: HTSEP, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    net.zero_grad()
+    net.criterion(net(x), y).backward()
+    return {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+
+
+# -- gradients
+
+
+@pytest.mark.parametrize("make", [dense, conv])
+def test_the_contrast_is_the_implicit_gradient_with_gates_half_open(make: type) -> None:
+    net = make().eval()
+    x, y = batch()
+    net.equilibrium.estimator = Implicit(tolerance=1e-13, max_steps=1000)
+    wanted = gradient(net, x, y)
+    assert float(net.equilibrium.radius(x)) > 0.05
+    net.equilibrium.estimator = Centered(beta=1e-5, tolerance=1e-10, max_steps=2000)
+    found = gradient(net, x, y)
+    assert found.keys() == wanted.keys()
+    for n, g in wanted.items():
+        assert float(g.norm()) > 0, n
+        assert float((found[n] - g).norm() / g.norm()) < 1e-5, n
+
+
+def test_the_implicit_gradient_is_that_of_finite_differences() -> None:
+    net = dense().eval()
+    x, y = batch()
+    net.equilibrium.estimator = Implicit(tolerance=1e-13, max_steps=1000)
+    found = gradient(net, x, y)
+    g = torch.Generator().manual_seed(3)
+    for name, p in net.named_parameters():
+        along = torch.randn(p.shape, generator=g, dtype=p.dtype)
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p.add_(along, alpha=sign * 1e-6)
+                losses.append(float(net.criterion(net(x), y)))
+                p.sub_(along, alpha=sign * 1e-6)
+        slope = (losses[0] - losses[1]) / 2e-6
+        assert slope == pytest.approx(float((found[name] * along).sum()), rel=1e-4, abs=1e-8), name
+
+
+@pytest.mark.parametrize("make", [dense, conv])
+def test_a_closed_unit_is_silent_and_none_of_its_weights_changes(make: type) -> None:
+    net = make().eval()
+    x, y = batch()
+    found = gradient(net, x, y)
+    with torch.no_grad():
+        h = net.equilibrium.solve(x).h
+    shut = {n: net.context.gates(x, n) == 0 for n in net.equilibrium.dynamics.names}
+    for n, closed in shut.items():
+        assert 0.2 < float(closed.double().mean()) < 0.8
+        assert float(h[n][closed].abs().max()) == 0
+    # all examples share a context here: the same units are closed for each
+    rows = shut["h1"][0]
+    drive = found[next(n for n in found if "inner" in n and n.endswith("weight"))]
+    assert float(drive[rows].abs().max()) == 0
+    assert float(drive[~rows].abs().amax(tuple(range(1, drive.dim()))).min()) > 0
+
+
+def test_noise_in_both_phases_leaves_the_gradient_of_a_contraction() -> None:
+    net = dense().eval()
+    x, y = batch()
+    net.equilibrium.estimator = Centered(beta=1e-4, tolerance=1e-10, max_steps=2000)
+    wanted = gradient(net, x, y)
+    net.equilibrium.estimator = ExploredCentered(beta=1e-4, tolerance=1e-10, max_steps=2000, temperature=1e-2)
+    found = gradient(net, x, y)
+    for n, g in wanted.items():
+        assert float((found[n] - g).norm() / g.norm()) < 1e-5, n
+    statistics = net.equilibrium.last.nudged
+    assert statistics is not None
+    assert int(statistics.steps.min()) > 5
+
+
+def test_both_phases_get_the_same_kicks() -> None:
+    net = dense().eval()
+    x, _ = batch()
+    seen: list[Tensor] = []
+
+    class Watched(ExploredCentered):
+        def _explored(self, problem, a):  # type: ignore[no-untyped-def]
+            out = super()._explored(problem, a)
+            seen.append(torch.cat([t.flatten(1) for t in out.values()], 1))
+            return out
+
+    net.equilibrium.estimator = Watched(beta=1e-6, temperature=1.0, kicks=3)
+    gradient(net, *batch())
+    plus, minus = seen[0].chunk(2)
+    rest = torch.cat([t.flatten(1) for t in net.equilibrium.solve(x).state.values()], 1)
+    assert float((plus - rest).norm()) > 1.0
+    assert float((plus - minus).norm()) < 1e-4
+
+
+# -- contexts
+
+
+def permuted(count: int, seed: int, order: Tensor) -> Tensor:
+    """Images whose first third is bright, their pixels in another order."""
+    g = torch.Generator().manual_seed(seed)
+    x = 0.2 * torch.rand(count, 36, generator=g)
+    x[:, :12] += 0.6 * torch.rand(count, 1, generator=g) + 0.2
+    return x[:, order].reshape(count, *SHAPE)
+
+
+def test_contexts_are_found_from_statistics_and_recognised_example_by_example() -> None:
+    torus = ContextTorus(36, (4, 4), {"h": 64})
+    orders = [torch.randperm(36, generator=torch.Generator().manual_seed(k)) for k in range(4)]
+    slots = []
+    for k, order in enumerate(orders):
+        for step in range(12):
+            slots.append(torus.observe(permuted(32, 100 * k + step, order)))
+    own = [slots[12 * k + 6] for k in range(4)]
+    assert len(set(own)) == torus.contexts == 4
+    assert torus.full == 0
+    # the first batches of a context may still be seen as the one before; no later one
+    assert all(slot == own[i // 12] for i, slot in enumerate(slots) if i % 12 >= 2)
+    for k, order in enumerate(orders):
+        found = torus.address(permuted(200, 999 + k, order))
+        assert float((found == own[k]).double().mean()) > 0.97
+    # places far from each other: on a torus of 4 x 4 the second is two slots off on both axes
+    assert torus.slots[own[1]].tolist() == [2, 2]
+
+
+def test_one_distribution_is_one_context() -> None:
+    torus = ContextTorus(36, (4, 4), {"h": 64})
+    for step in range(60):
+        torus.observe(permuted(32, step, torch.arange(36)))
+    assert torus.contexts == 1
+    assert float(torus.count.sum()) == 60 * 32
+
+
+def test_statistics_are_the_means_of_what_was_seen() -> None:
+    torus = ContextTorus(36, (2,), {"h": 8}, novelty=1e9)
+    parts = [permuted(16, step, torch.arange(36)) for step in range(5)]
+    for part in parts:
+        torus.observe(part)
+    seen = torch.cat(parts).flatten(1)
+    torch.testing.assert_close(torus.mean[0], seen.mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torus.square[0], seen.square().mean(0), rtol=1e-4, atol=1e-6)
+    found, used = torus.likelihood(seen)
+    assert used.tolist() == [0]
+    variance = seen.var(0, correction=0) + 0.05
+    law = torch.distributions.Normal(seen.mean(0), variance.sqrt())
+    wanted = (law.log_prob(seen) + 0.5 * torch.log(torch.tensor(2 * torch.pi))).mean(1)
+    torch.testing.assert_close(found[:, 0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bump_opens_its_share_around_its_slot() -> None:
+    torus = ContextTorus(4, (4, 4), {"h": 1600}, share=0.2)
+    p = torus.bump("h")
+    opened = (p >= 0.5).double()
+    assert opened.mean().item() == pytest.approx(0.2, abs=1e-3)
+    assert opened.mean(1).tolist() == pytest.approx([0.2] * 16, abs=0.02)
+    at, u = torus.slots[5], torus.places("h")
+    apart = (u - at).abs()
+    apart = torch.minimum(apart, 4 - apart).norm(dim=1)
+    assert float(apart[p[5] >= 0.5].max()) <= float(apart[p[5] < 0.5].min())
+    assert bool((ContextTorus(4, (3,), {"h": 10}, share=1.0).bump("h") >= 0.5).all())
+
+
+def test_units_are_spread_evenly_and_so_is_every_part_of_them() -> None:
+    for part in (spread(256, (4, 4)), spread(1024, (4, 4))[300:556]):
+        cells = part.floor().long()
+        counts = torch.bincount(cells[:, 0] * 4 + cells[:, 1], minlength=16)
+        assert 11 <= int(counts.min()) <= int(counts.max()) <= 21  # drawn at random: 8 to 26
+
+
+def test_gates_are_drawn_once_a_forward_and_from_the_bump() -> None:
+    torus = ContextTorus(36, (3, 3), {"h": 400}, edge=1.0)
+    x = permuted(300, 0, torch.arange(36))
+    torus.observe(x)
+    with torus.drawn(x, draw=True):
+        first, again = torus.gates(x, "h"), torus.gates(x, "h")
+        # another input is not what was drawn for
+        other = torus.gates(x.clone(), "h")
+    assert torch.equal(first, again)
+    assert torch.equal(other, (torus.bump("h")[0] >= 0.5).float().expand_as(other))
+    torch.testing.assert_close(first.mean(0), torus.bump("h")[0], atol=0.13, rtol=0)
+    with torus.drawn(x, draw=True):
+        assert not torch.equal(torus.gates(x, "h"), first)
+
+
+def test_in_training_a_batch_is_observed_and_in_evaluation_not() -> None:
+    net = dense().train()
+    x, _ = batch()
+    net(x)
+    assert float(net.context.count.sum()) == 5
+    net.eval()(x)
+    assert float(net.context.count.sum()) == 5
+    off = dense(gates="off").train()
+    off(x)
+    assert off.context.contexts == 0
+    assert bool((off.context.gates(x, "h1") == 1).all())
+
+
+def test_without_a_torus_each_input_opens_the_same_share() -> None:
+    net = dense(context="input", open_share=0.25).eval()
+    x, _ = batch()
+    gates = net.context.gates(x, "h1")
+    assert gates.sum(1).tolist() == [6] * 5
+    assert len({tuple(row.tolist()) for row in gates}) > 1
+
+
+# -- spikes
+
+
+@pytest.mark.parametrize("make", [dense, conv])
+def test_spikes_converge_to_the_equilibrium_that_was_trained(make: type) -> None:
+    net = make().eval()
+    x, _ = batch()
+    with torch.no_grad():
+        wanted = net(x)
+    errors = []
+    for steps in (60, 960):
+        logits, solution = net.spike(x, Spiking(max_steps=steps, tolerance=0.0))
+        errors.append(float((logits - wanted).norm() / wanted.norm()))
+        closed = net.context.gates(x, "h1") == 0
+        assert float(solution.spikes["h1"][closed].sum()) == 0
+    assert errors[1] < 4e-3
+    assert errors[1] < errors[0] / 6
+    assert isinstance(net.equilibrium.solver, Anderson)
+
+
+def test_it_trains_by_spikes() -> None:
+    net = dense().eval()
+    x, y = batch()
+    net.equilibrium.estimator = Centered(beta=1e-2, tolerance=1e-3, max_steps=4000)
+    wanted = gradient(net, x, y)
+    net.equilibrium.solver = Spiking(max_steps=1000, tolerance=1e-3, nudged_copies=2)
+    net.equilibrium.warn = False
+    net.equilibrium.estimator = Centered(beta=0.1, tolerance=0.0, max_steps=1000, max_halvings=0)
+    found = gradient(net, x, y)
+    a, b = (torch.cat([g[n].flatten() for n in wanted]) for g in (found, wanted))
+    assert float(torch.cosine_similarity(a, b, 0)) > 0.95
+
+
+@pytest.mark.parametrize("make", [dense, conv])
+def test_synapses_are_the_nonzero_entries_of_the_fields_jacobian(make: type) -> None:
+    net = make().eval()
+    energy = net.equilibrium.dynamics
+    x, _ = batch(1)
+    bindings = energy.bind(x)
+    found = fan_out(energy, bindings)
+    names = list(energy.shapes)
+    for name in names:
+        state = {n: torch.zeros(1, *energy.shapes[n], dtype=torch.float64) for n in names}
+
+        def field(t: Tensor, name: str = name, state: dict[str, Tensor] = state) -> Tensor:
+            out = energy.field({**state, name: t}, bindings, static={})
+            return torch.cat([out[n].flatten() for n in names])
+
+        jacobian = torch.autograd.functional.jacobian(field, state[name]).flatten(1)
+        assert torch.equal((jacobian != 0).sum(0).double(), found[name].flatten()), name
+
+
+def test_events_cost_less_than_dense_products() -> None:
+    net = dense().eval()
+    x, _ = batch()
+    solver = Spiking(tolerance=0.05)
+    _, solution = net.spike(x, solver)
+    own, every = net.work(x, solution, solver)
+    closed = 1 - float(net.context.gates(x, "h1").mean())
+    assert closed > 0.3
+    assert float(every.multiply_adds.min()) >= 24 * 24 + 2 * 24 * 12
+    assert float(own.multiply_adds.max()) == 0
+    assert float(own.adds.min()) > 0
+    assert net.context.mode == "probabilistic"
+
+
+# -- growth
+
+
+@pytest.mark.parametrize("make", [dense, conv])
+def test_growth_changes_no_output_and_makes_room(make: type, caplog: pytest.LogCaptureFixture) -> None:
+    net = make().train()
+    x, y = batch(40)
+    net(x)
+    net.eval()
+    with torch.no_grad():
+        before, width = net(x), next(iter(net.equilibrium.dynamics.shapes.values()))[0]
+    slots = len(net.context.count)
+    with caplog.at_level(logging.INFO, logger="toreq.htsep"):
+        record = grow(net, 2)
+    assert "unfolded" in caplog.text
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), before, rtol=0, atol=1e-6)
+    assert next(iter(net.equilibrium.dynamics.shapes.values()))[0] == 2 * width
+    assert (record["slots"], record["contexts"]) == (2 * slots, 1)
+    assert net.context.growth == [record]
+    found = gradient(net, x, y)
+    rows = found[next(n for n in found if "inner" in n and n.endswith("weight"))]
+    assert float(rows[:width].abs().max()) > 0
+    assert float(rows[width:].abs().max()) == 0
+    # a place on the new sheet opens new units alone
+    with net.context.pinned(slots):
+        gates = net.context.gates(x, "h1")
+        assert float(gates[:, :width].max()) == 0 < float(gates[:, width:].mean())
+        rows = gradient(net, x, y)[next(n for n in found if "inner" in n and n.endswith("weight"))]
+        assert float(rows[:width].abs().max()) == 0 < float(rows[width:].abs().max())
+    grow(net, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), before, rtol=0, atol=1e-6)
+    assert net.context.sheets == (2, 3)
+
+
+def test_a_full_torus_says_so_and_growth_takes_the_next_context() -> None:
+    torch.manual_seed(0)
+    net = HTSEPDense(SHAPE, 4, hidden=(16,), torus=(2,)).train()
+    orders = [torch.randperm(36, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+
+    def show(k: int) -> None:
+        for step in range(12):
+            net(permuted(32, 100 * k + step, orders[k]))
+
+    show(0)
+    show(1)
+    assert (net.context.contexts, net.context.full) == (2, 0)
+    other = copy.deepcopy(net)
+    net.grow(2)
+    show(2)
+    assert (net.context.contexts, net.context.full) == (3, 0)
+    assert bool((net.context.count[2:] > 0).any())
+    other(permuted(32, 0, orders[2]))
+    assert (other.context.contexts, other.context.full) == (2, 1)
+
+
+def test_a_grown_network_is_made_again_from_its_config() -> None:
+    torch.manual_seed(0)
+    net = systems.create("htsep", SHAPE, 4, hidden=(8, 6), torus=(3,))
+    assert isinstance(net, HTSEP)
+    net.train()(batch()[0].float())
+    net.grow(2)
+    again = systems.from_config(net.config)
+    again.load_state_dict(net.state_dict())
+    x = batch()[0].float()
+    assert torch.equal(again.eval()(x), net.eval()(x))
+
+
+def test_growth_is_refused_beyond_the_limit_with_the_numbers() -> None:
+    net = dense()
+    held = copy.deepcopy(net.state_dict())
+    with pytest.raises(ConfigError, match=r"at most 1000 bytes.*got \d+ with widths of 48, 24 and 18 slots"):
+        grow(net, 2, limit=1000)
+    assert all(torch.equal(t, net.state_dict()[n]) for n, t in held.items())
+    with pytest.raises(ConfigError, match="size >= 2, got 1"):
+        grow(net, 1)
+    with pytest.raises(ConfigError, match="with contexts"):
+        grow(dense(gates="off"))
+
+
+# -- weights that move while it settles
+
+
+def test_at_a_vanishing_rate_continual_updates_are_the_one_sided_gradient() -> None:
+    net = dense().eval()
+    x, y = batch()
+    net.equilibrium.estimator = OneSided(beta=1e-4, tolerance=1e-10, max_steps=2000)
+    wanted = gradient(net, x, y)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    rate = 1e-9
+    continual_step(net, x, y, rate, steps=60, beta=1e-4)
+    for n, p in net.named_parameters():
+        moved = (before[n] - p.detach()) / rate
+        assert float((moved - wanted[n]).norm() / wanted[n].norm()) < 2e-3, n
+
+
+def test_continual_updates_learn() -> None:
+    net = dense(hidden=(24,), gates="hard", open_share=0.8).train()
+    x, y = batch(24)
+    x = 0.3 * x
+    x.view(24, 4, 9)[torch.arange(24), y] += 0.7  # nine pixels tell the class
+    losses = [continual_step(net, x, y, 0.2, steps=6) for _ in range(12)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert losses == sorted(losses, reverse=True)
+    with pytest.raises(ConfigError, match="rate > 0"):
+        continual_step(net, x, y, 0.0)
+
+
+# -- refusals and the registry
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"torus": (1, 4)}, "sizes >= 2"),
+        ({"open_share": 0.0}, "open_share"),
+        ({"gates": "of"}, "off"),
+        ({"context": "label"}, "context in"),
+        ({"hidden": ()}, "positive widths"),
+        ({"hidden": (9,), "sheets": (2,)}, "2 sheets divide"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        systems.create("htsep", SHAPE, 4, **{"hidden": (8,), **options})
+
+
+def test_both_architectures_are_registered_and_have_a_twin() -> None:
+    assert systems.architectures("htsep") == ["dense", "conv"]
+    for net in (dense(), conv()):
+        twin = net.feedforward().double()
+        assert twin(batch()[0]).shape == (5, 4)
+        # the drive, the joint and the head have a weight each in the twin
+        assert len([m for m in twin.modules() if isinstance(m, nn.Linear | nn.Conv2d)]) == 3
+
+
+def test_temperature_is_langevin_noise() -> None:
+    assert isinstance(dense(temperature=0.01).equilibrium.estimator, ExploredCentered)
+    assert not isinstance(dense().equilibrium.estimator, ExploredCentered)
+    with pytest.raises(ConfigError, match="temperature"):
+        replace(ExploredCentered(), temperature=-1.0)
