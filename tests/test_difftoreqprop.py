@@ -63,8 +63,9 @@ def test_the_visible_node_is_a_compromise(name: str, visible: str) -> None:
 
 
 @EACH
-def test_gradients_are_those_of_the_cost(name: str) -> None:
-    net, (x, y) = _net(name, noise=0.3).eval(), _batch()
+@pytest.mark.parametrize("direct", [True, False])
+def test_gradients_are_those_of_the_cost(name: str, direct: bool) -> None:
+    net, (x, y) = _net(name, noise=0.3, direct=direct, lift=4.0, gain=2.0).eval(), _batch()
 
     def gradients() -> dict[str, Tensor]:
         net.zero_grad()
@@ -80,10 +81,11 @@ def test_gradients_are_those_of_the_cost(name: str) -> None:
         torch.testing.assert_close(found[n], w, rtol=1e-4, atol=1e-6 * float(w.abs().max()))
 
 
-def test_the_noise_is_learned_by_the_contrast_of_its_pull() -> None:
-    net, (x, y) = _net("mlp", noise=0.3).train(), _batch()
+@EACH
+def test_the_noise_is_learned_by_the_contrast_of_its_pull(name: str) -> None:
+    net, (x, y) = _net(name, noise=0.3, direct=False, lift=4.0).eval(), _batch()
     net.equilibrium.estimator = Centered(beta=1e-3, tolerance=1e-10)
-    clamp = _clamp(net)
+    clamp = _clamp(net).train()  # alone: in training each call sharpens the estimates of norms, which moves the cost
     assert clamp.log_noise is not None
     state = clamp.generator.get_state()
 
@@ -124,6 +126,29 @@ def test_a_class_and_a_level_move_what_they_are_given_to() -> None:
     assert bool(((levelled - net.denoise(x)).flatten(1).norm(dim=1) > 1e-3).all())
 
 
+def test_a_known_level_starts_at_the_best_scalar_filter() -> None:
+    """Without couplings, x times the share of the data in the variance, sigma_d^2/(sigma_d^2 + s^2)."""
+    torch.manual_seed(0)
+    net, (x, _) = DiffMLP(SHAPE, 5, EXACT, hidden=(12,), denoising=1.0, clamp=3.0).double().eval(), _batch()
+    level = torch.tensor([0.03, 0.3, 1.2]).double()
+    with net.equilibrium.couplings_off(), torch.no_grad():
+        v = net.denoise(Seen(x, level))
+    share = 0.3**2 / (0.3**2 + level.square())
+    torch.testing.assert_close(v, share.view(-1, 1, 1, 1) * x)
+
+
+@EACH
+def test_every_hidden_layer_sees_the_input_only_where_it_is_told_to(name: str) -> None:
+    x = _batch()[0]
+    for direct in (True, False):
+        net = _net(name, direct=direct).eval()
+        with net.equilibrium.couplings_off(), torch.no_grad():
+            h, other = net.equilibrium.solve(x).h, net.equilibrium.solve(x + 1).h
+        for node in ("h1", "h2"):
+            assert torch.equal(h[node], other[node]) != direct
+        assert not torch.equal(h["v"], other["v"])
+
+
 def test_denoising_is_part_of_the_criterion_in_training_alone() -> None:
     net, (x, y) = _net("mlp", denoising=2.0), _batch()
     net.eval()
@@ -142,7 +167,7 @@ def test_denoising_is_part_of_the_criterion_in_training_alone() -> None:
 
 def test_training_denoises() -> None:
     torch.manual_seed(0)
-    net = DiffMLP(SHAPE, 5, hidden=(32,), denoising=1.0, lift=4.0, span=(0.3, 0.3001))
+    net = DiffMLP(SHAPE, 5, hidden=(32,), denoising=1.0, span=(0.3, 0.3001))
     g = torch.Generator().manual_seed(0)
     centres = (torch.rand(5, *SHAPE, generator=g) > 0.5).float()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
@@ -214,5 +239,7 @@ def test_a_classifier_alone_cannot_sample() -> None:
         _net("mlp").sample(3)
     with pytest.raises(ConfigError, match="labels"):
         _net("mlp", denoising=1.0).sample(3, labels=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="classes in"):
+        _net("mlp", denoising=1.0).sample(2, labels=torch.tensor([0, 5]))
     with pytest.raises(ConfigError, match="input_shape"):
         DiffConv((8,), 5)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from toreq.errors import ConfigError, nearest
 from toreq.evidence.claim import Claim
 
-MODULES = ("toreq.evidence.base", "toreq.evidence.mstep", "toreq.evidence.tpeqprop")
+MODULES = ("toreq.evidence.base", "toreq.evidence.difftoreqprop", "toreq.evidence.mstep", "toreq.evidence.tpeqprop")
 """Modules that are asked for their ``CLAIMS``, in the order in which they are listed."""
 
 

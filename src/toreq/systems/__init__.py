@@ -2,6 +2,10 @@
 
 from toreq.systems.base import System
 from toreq.systems.deep_hopfield import ConvHopfield, DeepHopfield
+from toreq.systems.difftoreqprop import DiffTorEqProp
+from toreq.systems.difftoreqprop_nets import DiffConv, DiffMLP
+from toreq.systems.difftoreqprop_parts import Seen
+from toreq.systems.difftoreqprop_sampling import Anneal, Known
 from toreq.systems.looped_transformer import LoopedTransformer
 from toreq.systems.mstep import MultiScaleConv, MultiScaleDense, MultiScaleSequence
 from toreq.systems.registry import architectures, create, from_config, names, options
@@ -10,8 +14,13 @@ from toreq.systems.tpeqprop import TPEqProp
 from toreq.systems.tpeqprop_nets import PredictiveConv, PredictiveMLP, PredictiveResidual, PredictiveTransformer
 
 __all__ = [
+    "Anneal",
     "ConvHopfield",
     "DeepHopfield",
+    "DiffConv",
+    "DiffMLP",
+    "DiffTorEqProp",
+    "Known",
     "LoopedTransformer",
     "MultiScaleConv",
     "MultiScaleDense",
@@ -20,6 +29,7 @@ __all__ = [
     "PredictiveMLP",
     "PredictiveResidual",
     "PredictiveTransformer",
+    "Seen",
     "System",
     "TPEqProp",
     "ToroidalMLP",
