@@ -29,7 +29,13 @@ def complete(net: DiffTorEqProp, x: Tensor, levels: int) -> Tensor:
 
 
 def main(
-    train: int = 20_000, test: int = 1000, epochs: int = 2, hidden: int = 512, levels: int = 50, out: str = "", seed: int = 0
+    train: int = 20_000,
+    test: int = 1000,
+    epochs: int = 2,
+    hidden: int = 512,
+    levels: int = 50,
+    out: str = "",
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Train; return the test accuracy in [0, 1], and the share of noise of 0.5 that denoising leaves (mean square)."""
     torch.manual_seed(seed)

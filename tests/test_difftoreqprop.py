@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from toreq.core import Drive, Energy
+from toreq.core import Bilinear, Drive, Energy
+from toreq.core.state import detached
 from toreq.errors import ConfigError
 from toreq.estimators import Centered, Implicit
-from toreq.solvers import Anderson
+from toreq.solvers import Anderson, Langevin, Relaxation
 from toreq.systems.difftoreqprop import DiffTorEqProp
 from toreq.systems.difftoreqprop_nets import DiffConv, DiffMLP
 from toreq.systems.difftoreqprop_parts import Clamp, Seen
@@ -243,3 +244,44 @@ def test_a_classifier_alone_cannot_sample() -> None:
         _net("mlp", denoising=1.0).sample(2, labels=torch.tensor([0, 5]))
     with pytest.raises(ConfigError, match="input_shape"):
         DiffConv((8,), 5)
+
+
+@pytest.mark.parametrize("sign", [-3.0, 3.0])
+def test_chains_reach_the_law_from_any_start(sign: float) -> None:
+    """One hidden unit: with the Gaussian nodes integrated out, its law is a quadrature, and it has two wells."""
+    torch.manual_seed(0)
+    net = DiffMLP((2,), 2, hidden=(1,), direct=False, lift=2.0, gain=1.0, norm_bound=None).double()
+    up, label = (c.op for _, c in net.equilibrium.dynamics.terms() if isinstance(c, Bilinear))
+    x, tau, slope = torch.tensor([0.3, -0.1]).double(), 0.25, 1.0
+    with torch.no_grad():
+        for op, values in ((up, [[1.0, -0.6]]), (label, [[0.5], [-0.4]])):
+            next(op.parameters()).copy_(torch.tensor(values))
+    a, c = torch.tensor([1.0, -0.6]).double(), torch.tensor([0.5, -0.4]).double()
+    h = torch.linspace(-1, 1, 20_001, dtype=torch.float64)[1:-1, None]
+    convex = (h * h.atanh() + 0.5 * (1 - h * h).log())[:, 0] / slope
+    v, y = 0.5 * (x + h * a), slope * h * c  # means given h
+    potential = convex - (v.square().sum(1) / (2 * 0.5) + y.square().sum(1) / (2 * slope))
+    weight = (-(potential - potential.min()) / tau).exp()
+    weight /= weight.sum()
+    mean = float((weight * h[:, 0]).sum())
+    chain = Langevin(temperature=tau, step_size=0.4, burn_in=150, samples=80, adjusted=True, seed=1)
+    bindings = detached(net.equilibrium.dynamics.bind(x.expand(1500, 2)))
+    start = {"v": torch.full((1500, 2), sign).double(), "h1": torch.full((1500, 1), sign).double()}
+    start["y"] = torch.full((1500, 2), -sign).double()
+    found = chain.solve(Relaxation(net.equilibrium.dynamics, bindings, as_map=True), start)
+    error = 4 * float(found.h["h1"].std()) / 1500**0.5
+    assert error < 0.1
+    assert float(found.h["h1"].mean()) == pytest.approx(mean, abs=error)
+    wanted = 0.5 * (x + mean * a)
+    assert float((found.h["v"].mean(0) - wanted).abs().max()) < 4 * float(found.h["v"].std()) / 1500**0.5
+
+
+def test_noise_that_cannot_be_sampled_is_refused() -> None:
+    with pytest.raises(ConfigError, match="temperature"):
+        Langevin(temperature=-0.1)
+    x = _batch()[0].float()
+    steep = DiffMLP(SHAPE, 5, Langevin(step_size=50.0, burn_in=2, samples=2), hidden=(4,), direct=False)
+    with pytest.raises(ConfigError, match="step_size below"):
+        steep(x)
+    with pytest.raises(ConfigError, match="HardSigmoid"):
+        DiffMLP(SHAPE, 5, Langevin(), hidden=(4,), visible="hard_sigmoid")

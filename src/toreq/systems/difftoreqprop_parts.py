@@ -15,6 +15,8 @@ DEVIATION = 0.3
 """Standard deviation that the data are taken to have where noise is weighed against them; that of MNIST is 0.31."""
 UNLABELLED, UNLEVELLED = 0.5, 0.2
 """Share of the examples that are denoised without their class, and of the batches without their noise levels."""
+FLOOR = 0.003
+"""Least mean square per pixel by which errors of denoising are divided: less noise is not worth its removal."""
 CERTAIN = 10.0
 """Logit that a given class adds to its unit of the label node."""
 
@@ -64,7 +66,7 @@ def signal(level: Tensor) -> Tensor:
 def denoising_cost(
     denoise: Callable[[Seen], Tensor], x: Tensor, y: Tensor, span: tuple[float, float], generator: torch.Generator
 ) -> Tensor:
-    r"""Mean of :math:`\tfrac12\|D(x + s\xi) - x\|^2/(c\,s^2 + 0.01)` per pixel, s drawn log-uniformly from ``span``.
+    r"""Mean of :math:`\tfrac12\|D(x + s\xi) - x\|^2/(c\,s^2 + 0.003)` per pixel, s drawn log-uniformly from ``span``.
 
     :math:`c\,s^2`, with c from :func:`signal`, is what the best scalar filter leaves of the noise.
 
@@ -82,7 +84,7 @@ def denoising_cost(
     known = float(torch.rand((), generator=generator)) >= UNLEVELLED
     seen = Seen(x + among(level, x) * drawn_like(x, generator), level if known else None, labels)
     error = (denoise(seen) - x).square().flatten(1).mean(1)
-    return 0.5 * (error / (signal(level) * level.square() + 0.01)).mean()
+    return 0.5 * (error / (signal(level) * level.square() + FLOOR)).mean()
 
 
 class Clamp(nn.Module):

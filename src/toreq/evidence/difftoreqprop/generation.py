@@ -57,7 +57,7 @@ class Size:
 SIZES = {
     "smoke": Size(32, 1.0, 16, 1e-2, 24, 24, 3, 12, (2, 3), (2, 3), ((2, 3), 2)),
     "quick": Size(10_000, 1.0, 64, 3e-3, 1000, 500, 25, 100, (16, 32), (16, 28), ((8, 12), 8)),
-    "full": Size(60_000, 1.0, 64, 3e-3, 10_000, 10_000, 25, 100, (16, 32), (16, 28), ((8, 12), 8)),
+    "full": Size(60_000, 2.0, 64, 3e-3, 10_000, 10_000, 25, 100, (16, 32), (16, 28), ((8, 12), 8)),
 }
 
 
@@ -172,9 +172,10 @@ CLAIM = Claim(
                   words="without extra parameters", beside=(EQ, PLAIN, AUTO)),
     ),
     protocol=f"""
-    MNIST ({SIZES["full"].train:,} images, {SIZES["full"].epochs:g} epoch; quick: {SIZES["quick"].train:,}), batches of
-    {SIZES["full"].batch}, Adam at {SIZES["full"].rate:g} with a half cosine. Denoisers learn to remove Gaussian noise
-    of {SPAN[0]} to {SPAN[1]}, drawn log-uniformly, half of the time without the class, a fifth without the level, and
+    MNIST ({SIZES["full"].train:,} images, {SIZES["full"].epochs:g} epochs; quick: {SIZES["quick"].train:,}, one epoch),
+    batches of {SIZES["full"].batch}, Adam at {SIZES["full"].rate:g} with a half cosine. Denoisers learn to remove
+    Gaussian noise of {SPAN[0]} to {SPAN[1]}, drawn log-uniformly, half of the time without the class, a fifth without
+    the level, and
     beside it the classes of clean images; the autoencoder maximises its bound beside the same classification. Samples
     ({SIZES["full"].samples:,}; quick: {SIZES["quick"].samples}) come from one ring of {SIZES["full"].levels} noise
     levels, geometric, all noise fresh (eta 1), clipped to [0, 1]. The distance is the squared Frechet distance of the

@@ -27,7 +27,14 @@ from toreq.systems.difftoreqprop_sampling import Conveyor, stream
 
 SPAN = (0.02, 2.0)
 CLASSES = 10
-GEOMETRY = {"kernel_size": 5, "stride": 2, "padding": 2}
+
+
+def _halved(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 5, stride=2, padding=2)
+
+
+def _doubled(inputs: int, outputs: int) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(inputs, outputs, 5, stride=2, padding=2, output_padding=1)
 
 
 class PlainDenoiser(nn.Module):
@@ -46,11 +53,8 @@ class PlainDenoiser(nn.Module):
         super().__init__()
         first, second = channels
         self.span = span
-        self.down = nn.ModuleList([nn.Conv2d(1, first, **GEOMETRY), nn.Conv2d(first, second, **GEOMETRY)])
-        self.up = nn.ModuleList([
-            nn.ConvTranspose2d(second, first, output_padding=1, **GEOMETRY),
-            nn.ConvTranspose2d(first, 1, output_padding=1, **GEOMETRY),
-        ])  # fmt: skip
+        self.down = nn.ModuleList([_halved(1, first), _halved(first, second)])
+        self.up = nn.ModuleList([_doubled(second, first), _doubled(first, 1)])
         self.levels = nn.ModuleList([LevelFeatures(first), LevelFeatures(second)])
         self.names = nn.Embedding(CLASSES + 1, second)
         self.head = nn.Linear(49 * second, CLASSES)
@@ -120,15 +124,10 @@ class VAE(nn.Module):
         super().__init__()
         first, second = channels
         self.second, self.code = second, code
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, first, **GEOMETRY), nn.SiLU(), nn.Conv2d(first, second, **GEOMETRY), nn.SiLU(), nn.Flatten()
-        )
+        self.encoder = nn.Sequential(_halved(1, first), nn.SiLU(), _halved(first, second), nn.SiLU(), nn.Flatten())
         self.moments = nn.Linear(49 * second, 2 * code)
         self.decode_in = nn.Linear(code + CLASSES, 49 * second)
-        self.decoder = nn.Sequential(
-            nn.SiLU(), nn.ConvTranspose2d(second, first, output_padding=1, **GEOMETRY),
-            nn.SiLU(), nn.ConvTranspose2d(first, 1, output_padding=1, **GEOMETRY),
-        )  # fmt: skip
+        self.decoder = nn.Sequential(nn.SiLU(), _doubled(second, first), nn.SiLU(), _doubled(first, 1))
         self.head = nn.Linear(49 * second, CLASSES)
         self.generator = own_generator()
         self._seen: tuple[Tensor, Tensor] | None = None

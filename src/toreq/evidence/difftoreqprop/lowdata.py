@@ -105,11 +105,12 @@ def run(trial: Trial) -> Outcome:
         metrics[f"training accuracy, {_ordinal(size, count)}"] = Quantity(_trained(net, data, trial), "%")
         parameters, samples = done.cost.parameters or 0, samples + done.at.samples
         notes += done.notes
+        for name, parameter in net.named_parameters():
+            if name.endswith("log_noise"):
+                found = float(parameter.detach().exp())
+                metrics[f"deviation of the noise, learned, {_ordinal(size, count)}"] = Quantity(found, "")
         inner = net.inner if isinstance(net, Dropped) else net
         metrics |= {f"{name}, {_ordinal(size, count)}": q for name, q in nets.coupled(inner, x[:200], y[:200]).items()}
-    learned = {n: p for n, p in net.named_parameters() if n.endswith("log_noise")}
-    for parameter in learned.values():
-        metrics["deviation of the noise, learned"] = Quantity(float(parameter.detach().exp()), "")
     return Outcome(metrics, {"accuracy": list(points)}, Cost(parameters, None, samples), tuple(notes))
 
 
