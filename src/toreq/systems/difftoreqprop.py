@@ -33,8 +33,10 @@ from toreq.systems.difftoreqprop_sampling import Anneal, Conveyor, Known, stream
 
 VISIBLE: dict[str, Callable[[float], Activation]] = {"identity": Identity, "hard_sigmoid": HardSigmoid}
 """Activations of the visible node: one that can be sampled, and one that stays in [0, 1]."""
-DIRECT, THROUGH = (0.5, 2.0), (1024.0, 16.0)
-"""Lift and gain where the input drives the hidden layers, and where it has to pass the visible node."""
+DIRECT, THROUGH = (0.1, 2.0, 16.0), (1024.0, 16.0, 1.0)
+"""Lift, gain, and the label node's slope over that of the last hidden layer, where the input drives the hidden layers
+and where it has to pass the visible node: flat hidden layers leave the couplings' norm to the way down, and a steep
+label node hears them all the same."""
 
 
 class DiffTorEqProp(System):
@@ -104,17 +106,18 @@ class DiffTorEqProp(System):
         names = [f"h{i + 1}" for i in range(len(ops))]
         own = 1 / (1 + clamp)
         slopes = [own * lift * gain**i for i in range(len(ops))]
+        top = slopes[-1] * usual[2]
         label = Dense(shapes[-1], self.num_classes, scale=coupling_scale / math.sqrt(math.prod(shapes[-1])))
         nodes = [Node("v", self.input_shape, VISIBLE[visible](own))]
         nodes += [Node(n, s, Tanh(g)) for n, s, g in zip(names, shapes, slopes, strict=True)]
-        nodes.append(Node("y", self.num_classes, Identity(slopes[-1])))
-        chain, steep = ["v", *names, "y"], [own, *slopes, slopes[-1]]
+        nodes.append(Node("y", self.num_classes, Identity(top)))
+        chain, steep = ["v", *names, "y"], [own, *slopes, top]
         begin = 0.0 if direct else 1.0  # where all passes the visible node, it has to see something from the start
         couplings: list[Coupling] = [Drive("v", Clamp(self.input_shape, clamp, noise, levels, begin))]
         views = self.views() if direct else [None] * len(names)
         for n, shape, slope, view in zip(names, shapes, slopes, views, strict=True):
             couplings.append(Drive(n, Offset(shape, slope, levels, view)))
-        couplings.append(Drive("y", LabelClamp(self.num_classes, slopes[-1])))
+        couplings.append(Drive("y", LabelClamp(self.num_classes, top)))
         joint, _ = chain_bounds(norm_bound, len(chain), lateral=False)
         for op, (a, b), (low, high) in zip([*ops, label], pairwise(chain), pairwise(steep), strict=True):
             if joint is not None:

@@ -32,7 +32,7 @@ class DiffMLP(DiffTorEqProp):
         denoising: weight of the denoising cost in training; 0 for a classifier only.
         span: smallest and largest deviation of the noise that is to be removed.
         direct: whether the input also drives the hidden layers.
-        lift: slope of the first hidden layer over that of the visible node; None for 0.5 with ``direct``, else 1024.
+        lift: slope of the first hidden layer over that of the visible node; None for 0.1 with ``direct``, else 1024.
         gain: ratio of one hidden layer's slope to that of the layer below; None for 2 with ``direct``, else 16.
         coupling_scale: the initial couplings' deviation is this over the square root of fan-in.
         norm_bound: bound on the norm of all couplings together, which bounds the relaxation's radius; None: free.

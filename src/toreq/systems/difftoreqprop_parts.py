@@ -17,7 +17,7 @@ UNLABELLED, UNLEVELLED = 0.5, 0.2
 """Share of the examples that are denoised without their class, and of the batches without their noise levels."""
 FLOOR = 0.003
 """Least mean square per pixel by which errors of denoising are divided: less noise is not worth its removal."""
-CERTAIN = 10.0
+CERTAIN = 30.0
 """Logit that a given class adds to its unit of the label node."""
 
 

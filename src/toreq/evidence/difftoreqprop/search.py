@@ -109,10 +109,11 @@ def _solved(make: Callable[[Size, int, str], Solver]) -> Method:
     def run(energy: Energy, start: Tensor, size: Size, seed: int, kind: str) -> Tensor:
         problem = _problem(energy, start)
         with torch.no_grad():
-            trace = make(size, seed, kind).solve(problem, {"h": start}, record=True).trace
-            assert trace is not None
-            assert trace.energy is not None
-            return torch.cat([_energy(problem, start)[None], trace.energy])
+            found = make(size, seed, kind).solve(problem, {"h": start}, record=True)
+            assert found.trace is not None
+            assert found.trace.energy is not None
+            # a step's entry is of the state that it starts from
+            return torch.cat([found.trace.energy, _energy(problem, found.state["h"])[None]])
 
     return run
 
