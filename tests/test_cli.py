@@ -52,7 +52,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"toreq {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["systems", "train", "eval", "show", "check", "doctor", "demo"])
+@pytest.mark.parametrize("command", ["systems", "train", "eval", "show", "sample", "check", "doctor", "demo"])
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main(["--help"]) == 0
     assert command in capsys.readouterr().out

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from toreq.core import Drive, Energy
+from toreq.core import Bilinear, Drive, Energy
+from toreq.core.state import detached
 from toreq.errors import ConfigError
 from toreq.estimators import Centered, Implicit
-from toreq.solvers import Anderson
+from toreq.solvers import Anderson, Langevin, Relaxation
 from toreq.systems.difftoreqprop import DiffTorEqProp
 from toreq.systems.difftoreqprop_nets import DiffConv, DiffMLP
 from toreq.systems.difftoreqprop_parts import Clamp, Seen
@@ -63,8 +64,9 @@ def test_the_visible_node_is_a_compromise(name: str, visible: str) -> None:
 
 
 @EACH
-def test_gradients_are_those_of_the_cost(name: str) -> None:
-    net, (x, y) = _net(name, noise=0.3).eval(), _batch()
+@pytest.mark.parametrize("direct", [True, False])
+def test_gradients_are_those_of_the_cost(name: str, direct: bool) -> None:
+    net, (x, y) = _net(name, noise=0.3, direct=direct, lift=4.0, gain=2.0).eval(), _batch()
 
     def gradients() -> dict[str, Tensor]:
         net.zero_grad()
@@ -80,10 +82,11 @@ def test_gradients_are_those_of_the_cost(name: str) -> None:
         torch.testing.assert_close(found[n], w, rtol=1e-4, atol=1e-6 * float(w.abs().max()))
 
 
-def test_the_noise_is_learned_by_the_contrast_of_its_pull() -> None:
-    net, (x, y) = _net("mlp", noise=0.3).train(), _batch()
+@EACH
+def test_the_noise_is_learned_by_the_contrast_of_its_pull(name: str) -> None:
+    net, (x, y) = _net(name, noise=0.3, direct=False, lift=4.0).eval(), _batch()
     net.equilibrium.estimator = Centered(beta=1e-3, tolerance=1e-10)
-    clamp = _clamp(net)
+    clamp = _clamp(net).train()  # alone: in training each call sharpens the estimates of norms, which moves the cost
     assert clamp.log_noise is not None
     state = clamp.generator.get_state()
 
@@ -124,6 +127,29 @@ def test_a_class_and_a_level_move_what_they_are_given_to() -> None:
     assert bool(((levelled - net.denoise(x)).flatten(1).norm(dim=1) > 1e-3).all())
 
 
+def test_a_known_level_starts_at_the_best_scalar_filter() -> None:
+    """Without couplings, x times the share of the data in the variance, sigma_d^2/(sigma_d^2 + s^2)."""
+    torch.manual_seed(0)
+    net, (x, _) = DiffMLP(SHAPE, 5, EXACT, hidden=(12,), denoising=1.0, clamp=3.0).double().eval(), _batch()
+    level = torch.tensor([0.03, 0.3, 1.2]).double()
+    with net.equilibrium.couplings_off(), torch.no_grad():
+        v = net.denoise(Seen(x, level))
+    share = 0.3**2 / (0.3**2 + level.square())
+    torch.testing.assert_close(v, share.view(-1, 1, 1, 1) * x)
+
+
+@EACH
+def test_every_hidden_layer_sees_the_input_only_where_it_is_told_to(name: str) -> None:
+    x = _batch()[0]
+    for direct in (True, False):
+        net = _net(name, direct=direct).eval()
+        with net.equilibrium.couplings_off(), torch.no_grad():
+            h, other = net.equilibrium.solve(x).h, net.equilibrium.solve(x + 1).h
+        for node in ("h1", "h2"):
+            assert torch.equal(h[node], other[node]) != direct
+        assert not torch.equal(h["v"], other["v"])
+
+
 def test_denoising_is_part_of_the_criterion_in_training_alone() -> None:
     net, (x, y) = _net("mlp", denoising=2.0), _batch()
     net.eval()
@@ -142,7 +168,7 @@ def test_denoising_is_part_of_the_criterion_in_training_alone() -> None:
 
 def test_training_denoises() -> None:
     torch.manual_seed(0)
-    net = DiffMLP(SHAPE, 5, hidden=(32,), denoising=1.0, lift=4.0, span=(0.3, 0.3001))
+    net = DiffMLP(SHAPE, 5, hidden=(32,), denoising=1.0, span=(0.3, 0.3001))
     g = torch.Generator().manual_seed(0)
     centres = (torch.rand(5, *SHAPE, generator=g) > 0.5).float()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
@@ -214,5 +240,48 @@ def test_a_classifier_alone_cannot_sample() -> None:
         _net("mlp").sample(3)
     with pytest.raises(ConfigError, match="labels"):
         _net("mlp", denoising=1.0).sample(3, labels=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="classes in"):
+        _net("mlp", denoising=1.0).sample(2, labels=torch.tensor([0, 5]))
     with pytest.raises(ConfigError, match="input_shape"):
         DiffConv((8,), 5)
+
+
+@pytest.mark.parametrize("sign", [-3.0, 3.0])
+def test_chains_reach_the_law_from_any_start(sign: float) -> None:
+    """One hidden unit: with the Gaussian nodes integrated out, its law is a quadrature, and it has two wells."""
+    torch.manual_seed(0)
+    net = DiffMLP((2,), 2, hidden=(1,), direct=False, lift=2.0, gain=1.0, norm_bound=None).double()
+    up, label = (c.op for _, c in net.equilibrium.dynamics.terms() if isinstance(c, Bilinear))
+    x, tau, slope = torch.tensor([0.3, -0.1]).double(), 0.25, 1.0
+    with torch.no_grad():
+        for op, values in ((up, [[1.0, -0.6]]), (label, [[0.5], [-0.4]])):
+            next(op.parameters()).copy_(torch.tensor(values))
+    a, c = torch.tensor([1.0, -0.6]).double(), torch.tensor([0.5, -0.4]).double()
+    h = torch.linspace(-1, 1, 20_001, dtype=torch.float64)[1:-1, None]
+    convex = (h * h.atanh() + 0.5 * (1 - h * h).log())[:, 0] / slope
+    v, y = 0.5 * (x + h * a), slope * h * c  # means given h
+    potential = convex - (v.square().sum(1) / (2 * 0.5) + y.square().sum(1) / (2 * slope))
+    weight = (-(potential - potential.min()) / tau).exp()
+    weight /= weight.sum()
+    mean = float((weight * h[:, 0]).sum())
+    chain = Langevin(temperature=tau, step_size=0.4, burn_in=150, samples=80, adjusted=True, seed=1)
+    bindings = detached(net.equilibrium.dynamics.bind(x.expand(1500, 2)))
+    start = {"v": torch.full((1500, 2), sign).double(), "h1": torch.full((1500, 1), sign).double()}
+    start["y"] = torch.full((1500, 2), -sign).double()
+    found = chain.solve(Relaxation(net.equilibrium.dynamics, bindings, as_map=True), start)
+    error = 4 * float(found.h["h1"].std()) / 1500**0.5
+    assert error < 0.1
+    assert float(found.h["h1"].mean()) == pytest.approx(mean, abs=error)
+    wanted = 0.5 * (x + mean * a)
+    assert float((found.h["v"].mean(0) - wanted).abs().max()) < 4 * float(found.h["v"].std()) / 1500**0.5
+
+
+def test_noise_that_cannot_be_sampled_is_refused() -> None:
+    with pytest.raises(ConfigError, match="temperature"):
+        Langevin(temperature=-0.1)
+    x = _batch()[0].float()
+    steep = DiffMLP(SHAPE, 5, Langevin(step_size=50.0, burn_in=2, samples=2), hidden=(4,), direct=False)
+    with pytest.raises(ConfigError, match="step_size below"):
+        steep(x)
+    with pytest.raises(ConfigError, match="HardSigmoid"):
+        DiffMLP(SHAPE, 5, Langevin(), hidden=(4,), visible="hard_sigmoid")

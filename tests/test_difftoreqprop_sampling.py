@@ -50,6 +50,22 @@ def test_a_batch_is_released_with_every_tick_once_the_ring_is_full() -> None:
     assert not torch.equal(first, second)
 
 
+def test_a_ring_with_a_limit_starts_no_more_than_it_returns() -> None:
+    ring = conveyor(Anneal(levels=4, high=2.0, low=0.1), batch=3, limit=6)
+    sizes: list[int] = []
+    plain = ring.denoiser
+
+    def counted(x: Tensor, level: Tensor, labels: Tensor | None) -> Tensor:
+        sizes.append(len(x) // 3)
+        return plain(x, level, labels)
+
+    ring.denoiser = counted
+    assert len(list(stream(ring))) == 6
+    assert sizes == [1, 2, 3, 4, 4, 4, 3, 2, 1]
+    with pytest.raises(ConfigError, match="raise limit"):
+        ring.tick()
+
+
 def test_a_chain_does_not_depend_on_the_others_on_the_ring() -> None:
     """Without fresh noise a chain is a function of its start."""
     anneal = Anneal(levels=4, high=2.0, low=0.1, eta=0.0)

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from toreq import systems, training
-from toreq.cli import demo, evaluate, inspect, train, tune
+from toreq.cli import demo, evaluate, inspect, sample, train, tune
 from toreq.cli import systems as listing
 from toreq.cli.parsing import expand_set
 from toreq.errors import ToreqError
@@ -142,6 +142,7 @@ COMMANDS: dict[str, Any] = {
     "tune": tune.Tune,
     "eval": evaluate.Eval,
     "show": inspect.Show,
+    "sample": sample.Sample,
     "check": inspect.Check,
     "doctor": inspect.Doctor,
     "demo": demo.Demo,

@@ -26,7 +26,7 @@ def load(name: str) -> ModuleType:
 
 def test_every_example_is_tested() -> None:
     tested = {"quickstart", "new_energy", "wrap_block", "papers", "control", "mstep_exit"}
-    elsewhere = {"predictive_transformer", "tagging", "continual_contexts"}
+    elsewhere = {"continual_contexts", "denoising", "predictive_transformer", "tagging"}
     assert {path.stem for path in FOLDER.glob("*.py")} == tested | elsewhere
 
 

@@ -50,7 +50,7 @@ def _dispatch(arguments: list[str]) -> int:
     import tyro
     from rich.console import Console
 
-    from toreq.cli import bench, demo, evaluate, evidence, inspect, systems, train, tune
+    from toreq.cli import bench, demo, evaluate, evidence, inspect, sample, systems, train, tune
     from toreq.cli.parsing import expand_set
 
     # A state that decays to subnormal numbers makes a step many times slower.
@@ -61,6 +61,7 @@ def _dispatch(arguments: list[str]) -> int:
         "tune": tune.Tune,
         "eval": evaluate.Eval,
         "show": inspect.Show,
+        "sample": sample.Sample,
         "check": inspect.Check,
         "doctor": inspect.Doctor,
         "demo": demo.Demo,

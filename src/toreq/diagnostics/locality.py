@@ -217,8 +217,14 @@ def _contrast(energy: Energy, x: Tensor, plus: Phase, minus: Phase, weight: Tens
     every = _parameters(energy)
     for _, c in energy.terms():
         bound = c.bind(x)
-        value = (weight * (c.value(Blind(plus[1], c.nodes), bound) - c.value(Blind(minus[1], c.nodes), bound))).sum()
-        _accumulate(out, -value, every)
+        ahead, behind = Blind(plus[1], c.nodes), Blind(minus[1], c.nodes)
+        if c.linear:
+            # quadratic at most: the values' difference is the field half-way times the way, and no digits cancel in it
+            field = c.field({n: 0.5 * (t + behind[n]) for n, t in ahead.items()}, bound)
+            parts = [(per_example(weight, f) * (ahead[n] - behind[n]) * f).sum() for n, f in field.items()]
+            _accumulate(out, -torch.stack(parts).sum(), every)
+        else:
+            _accumulate(out, -(weight * (c.value(ahead, bound) - c.value(behind, bound))).sum(), every)
     for n in energy.names:
         sigma = energy.activation(n)
         phi = sigma.potential(plus[0][n]) - sigma.potential(minus[0][n])

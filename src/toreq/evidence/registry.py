@@ -10,10 +10,11 @@ from toreq.evidence.claim import Claim
 
 MODULES = (
     "toreq.evidence.base",
-    "toreq.evidence.mstep",
-    "toreq.evidence.tpeqprop",
-    "toreq.evidence.tepssr",
+    "toreq.evidence.difftoreqprop",
     "toreq.evidence.htsep",
+    "toreq.evidence.tpeqprop",
+    "toreq.evidence.mstep",
+    "toreq.evidence.tepssr",
 )
 """Modules that are asked for their ``CLAIMS``, in the order in which they are listed."""
 

@@ -2,6 +2,10 @@
 
 from toreq.systems.base import System
 from toreq.systems.deep_hopfield import ConvHopfield, DeepHopfield
+from toreq.systems.difftoreqprop import DiffTorEqProp
+from toreq.systems.difftoreqprop_nets import DiffConv, DiffMLP
+from toreq.systems.difftoreqprop_parts import Seen
+from toreq.systems.difftoreqprop_sampling import Anneal, Known
 from toreq.systems.htsep import HTSEP, HTSEPConv, HTSEPDense
 from toreq.systems.looped_transformer import LoopedTransformer
 from toreq.systems.mstep import MultiScaleConv, MultiScaleDense, MultiScaleSequence
@@ -15,11 +19,16 @@ from toreq.systems.tpeqprop_nets import PredictiveConv, PredictiveMLP, Predictiv
 __all__ = [
     "HTSEP",
     "TEPSSR",
+    "Anneal",
     "CausalStateSpace",
     "ConvHopfield",
     "DeepHopfield",
+    "DiffConv",
+    "DiffMLP",
+    "DiffTorEqProp",
     "HTSEPConv",
     "HTSEPDense",
+    "Known",
     "LoopedTransformer",
     "MultiScaleConv",
     "MultiScaleDense",
@@ -28,6 +37,7 @@ __all__ = [
     "PredictiveMLP",
     "PredictiveResidual",
     "PredictiveTransformer",
+    "Seen",
     "StateSpaceClassifier",
     "StateSpaceTagger",
     "System",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +19,44 @@ from toreq.estimators import Estimator
 from toreq.layer import Equilibrium
 from toreq.solvers import Anderson, Solver
 from toreq.systems.base import System, chain_bounds
-from toreq.systems.difftoreqprop_parts import Clamp, LabelClamp, Offset, Seen, drawn_like, own_generator
+from toreq.systems.difftoreqprop_parts import (
+    Clamp,
+    LabelClamp,
+    Offset,
+    Seen,
+    among,
+    denoising_cost,
+    own_generator,
+    signal,
+)
 from toreq.systems.difftoreqprop_sampling import Anneal, Conveyor, Known, stream
 
 VISIBLE: dict[str, Callable[[float], Activation]] = {"identity": Identity, "hard_sigmoid": HardSigmoid}
 """Activations of the visible node: one that can be sampled, and one that stays in [0, 1]."""
-UNLABELLED, UNLEVELLED = 0.5, 0.2
-"""Shares of the examples that are denoised without their class, and without their noise level."""
+DIRECT, THROUGH = (0.1, 2.0, 16.0), (1024.0, 16.0, 1.0)
+"""Lift, gain, and the label node's slope over that of the last hidden layer, where the input drives the hidden layers
+and where it has to pass the visible node: flat hidden layers leave the couplings' norm to the way down, and a steep
+label node hears them all the same."""
 
 
 class DiffTorEqProp(System):
     r"""A visible node under a soft clamp, hidden layers, and a label node (the seed's diffusion-enhanced equilibrium).
 
     .. math:: E = \sum_i\Phi_i^*(h_i) - \kappa\langle v, x\rangle - \langle h_1, A_0 v\rangle
-              - \sum_l\langle h_{l+1}, A_l h_l\rangle - \langle y, A_L h_L\rangle - \text{biases}
+              - \sum_l\langle h_{l+1}, A_l h_l\rangle - \langle y, A_L h_L\rangle
+              - \sum_l\langle h_l, U_l x + b_l\rangle
 
-    The input does not drive the hidden layers; it pulls on the visible node, whose slope :math:`1/(1+\kappa)` makes the
-    clamp implicit: :math:`v = \sigma_v((A_0^\top h_1 + b + \kappa x)/(1 + \kappa))`. Relaxation so denoises while it
-    classifies. ``forward`` reads the label node; :meth:`denoise` the visible one.
+    The input pulls on the visible node, whose slope :math:`1/(1+\kappa)` makes the clamp implicit:
+    :math:`v = \sigma_v((A_0^\top h_1 + b + \kappa x)/(1 + \kappa))`. Relaxation so denoises while it classifies.
+    :meth:`forward` reads the label node, :meth:`denoise` the visible one.
 
-    Subclasses give the hidden shapes and the operators by :meth:`operators` and call :meth:`build`.
+    The bound on the couplings' norm, under which the relaxation contracts, bounds the product of the way up from the
+    visible node and of the way down to it. With ``direct`` the hidden layers see the input too, by maps
+    :math:`U_l` that no bound holds, and the couplings are left for the way down; without, :math:`U_l = 0`, and all that
+    the hidden layers know of the input has passed the visible node.
+
+    Subclasses give the hidden shapes and the operators by :meth:`operators`, the maps by :meth:`views`, and call
+    :meth:`build`.
     """
 
     denoising: float
@@ -52,6 +70,10 @@ class DiffTorEqProp(System):
             scale: deviation of the weights times the square root of fan-in.
         """
 
+    @abstractmethod
+    def views(self) -> list[nn.Module]:
+        """Freshly drawn linear maps from the input to each hidden node."""
+
     def build(
         self,
         solver: Solver | None,
@@ -62,15 +84,21 @@ class DiffTorEqProp(System):
         noise: float | None,
         denoising: float,
         span: tuple[float, float],
-        lift: float,
-        gain: float,
+        direct: bool,
+        lift: float | None,
+        gain: float | None,
         coupling_scale: float,
         norm_bound: float | None,
     ) -> None:
         """Put nodes and couplings together."""
         self._check(clamp, visible, noise, denoising, span)
+        usual = DIRECT if direct else THROUGH
+        lift, gain = usual[0] if lift is None else lift, usual[1] if gain is None else gain
         if not (lift > 0 and gain > 0):
-            raise ConfigError(f"DiffTorEqProp: expected lift > 0 and gain > 0, got {lift} and {gain}; try 4 and 16")
+            raise ConfigError(
+                f"DiffTorEqProp: expected lift > 0 and gain > 0, got {lift} and {gain}; leave them None for "
+                f"{usual[0]:g} and {usual[1]:g}"
+            )
         self.denoising, self.span = float(denoising), (float(span[0]), float(span[1]))
         ops = self.operators(coupling_scale)
         levels = denoising > 0
@@ -78,14 +106,18 @@ class DiffTorEqProp(System):
         names = [f"h{i + 1}" for i in range(len(ops))]
         own = 1 / (1 + clamp)
         slopes = [own * lift * gain**i for i in range(len(ops))]
+        top = slopes[-1] * usual[2]
         label = Dense(shapes[-1], self.num_classes, scale=coupling_scale / math.sqrt(math.prod(shapes[-1])))
         nodes = [Node("v", self.input_shape, VISIBLE[visible](own))]
         nodes += [Node(n, s, Tanh(g)) for n, s, g in zip(names, shapes, slopes, strict=True)]
-        nodes.append(Node("y", self.num_classes, Identity(slopes[-1])))
-        chain, steep = ["v", *names, "y"], [own, *slopes, slopes[-1]]
-        couplings: list[Coupling] = [Drive("v", Clamp(self.input_shape, clamp, noise, levels))]
-        couplings += [Drive(n, Offset(s, levels)) for n, s in zip(names, shapes, strict=True)]
-        couplings.append(Drive("y", LabelClamp(self.num_classes, 1.0)))
+        nodes.append(Node("y", self.num_classes, Identity(top)))
+        chain, steep = ["v", *names, "y"], [own, *slopes, top]
+        begin = 0.0 if direct else 1.0  # where all passes the visible node, it has to see something from the start
+        couplings: list[Coupling] = [Drive("v", Clamp(self.input_shape, clamp, noise, levels, begin))]
+        views = self.views() if direct else [None] * len(names)
+        for n, shape, slope, view in zip(names, shapes, slopes, views, strict=True):
+            couplings.append(Drive(n, Offset(shape, slope, levels, view)))
+        couplings.append(Drive("y", LabelClamp(self.num_classes, top)))
         joint, _ = chain_bounds(norm_bound, len(chain), lateral=False)
         for op, (a, b), (low, high) in zip([*ops, label], pairwise(chain), pairwise(steep), strict=True):
             if joint is not None:
@@ -129,18 +161,26 @@ class DiffTorEqProp(System):
         return self.equilibrium(x)["y"]
 
     def denoise(self, x: Tensor | Seen) -> Tensor:
-        """The visible node at equilibrium, ``(B, *input_shape)``.
+        r"""The input without its noise, ``(B, *input_shape)``.
+
+        Where the noise level s is not known, this is the visible node at equilibrium. Where it is, v is read as what
+        the best scalar filter misses, :math:`c\,x + \sqrt{1 - c}\,v` with :math:`c = 1/(1 + (s/0.3)^2)`: little noise
+        leaves the input as it is, and behind much noise v stands alone (the preconditioning of Karras et al. 2022).
 
         Args:
             x: as in :meth:`forward`.
         """
-        self.check_input(Seen.of(x).x)
-        return self.equilibrium(x)["v"]
+        seen = Seen.of(x)
+        self.check_input(seen.x)
+        v = self.equilibrium(x)["v"]
+        if seen.level is None or self.denoising == 0:
+            return v
+        share = among(signal(seen.level.to(v.dtype)), v)
+        return share * seen.x + (1 - share).sqrt() * v
 
     def criterion(self, logits: Tensor, y: Tensor) -> Tensor:
-        r"""Mean cross entropy; with ``denoising`` in training also that many times the mean of
-        :math:`\tfrac12\|v^*(x + s\xi) - x\|^2/(s^2 + 0.01)` per pixel over the latest batch, s drawn log-uniformly from
-        ``span``."""
+        """Mean cross entropy; with ``denoising`` in training also that many times
+        :func:`~toreq.systems.difftoreqprop_parts.denoising_cost` of the latest batch."""
         total = super().criterion(logits, y)
         x, self._clean = self._clean, None
         if x is None or len(x) != len(y):
@@ -149,16 +189,7 @@ class DiffTorEqProp(System):
 
     def denoising_cost(self, x: Tensor, y: Tensor) -> Tensor:
         """The weighted squared error of denoising a batch whose noise is drawn here."""
-        low, high = (math.log(s) for s in self.span)
-        drawn = torch.rand(3, len(x), generator=self.generator, dtype=x.dtype).to(x.device)
-        level = (low + (high - low) * drawn[0]).exp()
-        per = level.view(-1, *(1 for _ in x.shape[1:]))
-        labels = torch.where(drawn[1] < UNLABELLED, torch.full_like(y, -1), y)
-        seen = Seen(x + per * drawn_like(x, self.generator), level, labels)
-        if float(torch.rand((), generator=self.generator)) < UNLEVELLED:
-            seen = Seen(seen.x, None, labels)
-        error = (self.denoise(seen) - x).square().flatten(1).mean(1)
-        return 0.5 * (error / (level.square() + 0.01)).mean()
+        return denoising_cost(self.denoise, x, y, self.span, self.generator)
 
     @torch.no_grad()
     def energy(self, x: Tensor | Seen) -> Tensor:
@@ -173,6 +204,52 @@ class DiffTorEqProp(System):
         found = layer.free_phase(bindings)
         clamp = next(c.module for _, c in dynamics.terms() if isinstance(c, Drive) and isinstance(c.module, Clamp))
         return dynamics(found.state, bindings) + 0.5 * clamp.strength * seen.x.square().flatten(1).sum(1)
+
+    def conveyor(
+        self,
+        count: int,
+        *,
+        anneal: Anneal | None = None,
+        labels: Tensor | None = None,
+        known: Known | None = None,
+        batch: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> Conveyor:
+        """The ring of noise levels on which :meth:`sample` draws, for whoever wants to watch; arguments as there.
+
+        Raises:
+            ConfigError: for a system that was not built to denoise, or labels of another length.
+        """
+        if self.denoising == 0:
+            raise ConfigError(
+                "DiffTorEqProp.sample: expected a system built with denoising > 0, got a classifier only; create and "
+                "train it with denoising=1"
+            )
+        if count < 1 or batch < 1 or (labels is not None and labels.shape != (count,)):
+            raise ConfigError(
+                f"DiffTorEqProp.sample: expected count >= 1, batch >= 1 and labels (count,), got {count}, {batch} and "
+                f"{None if labels is None else tuple(labels.shape)}; give one class for each"
+            )
+        if labels is not None and not -1 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ConfigError(
+                f"DiffTorEqProp.sample: expected classes in [0, {self.num_classes}) or -1, got {int(labels.min())} to "
+                f"{int(labels.max())}; -1 is any class"
+            )
+        low, high = self.span
+        first = next(self.parameters())
+        batch = min(batch, count)
+        return Conveyor(
+            lambda x, level, given: self.denoise(Seen(x, level, given)),
+            self.input_shape,
+            batch,
+            Anneal(high=high, low=low) if anneal is None else anneal,
+            self.generator if generator is None else generator,
+            first.device,
+            first.dtype,
+            None if labels is None else _batches(labels, batch),
+            known,
+            -(-count // batch),
+        )
 
     @torch.no_grad()
     def sample(
@@ -198,41 +275,16 @@ class DiffTorEqProp(System):
         Raises:
             ConfigError: for a system that was not built to denoise, or labels of another length.
         """
-        if self.denoising == 0:
-            raise ConfigError(
-                "DiffTorEqProp.sample: expected a system built with denoising > 0, got a classifier only; create and "
-                "train it with denoising=1"
-            )
-        if count < 1 or (labels is not None and labels.shape != (count,)):
-            raise ConfigError(
-                f"DiffTorEqProp.sample: expected count >= 1 and labels (count,), got {count} and "
-                f"{None if labels is None else tuple(labels.shape)}; give one class for each"
-            )
-        low, high = self.span
-        first = next(self.parameters())
-        batch = min(batch, count)
-        number = -(-count // batch)
-        ring = Conveyor(
-            lambda x, level, given: self.denoise(Seen(x, level, given)),
-            self.input_shape,
-            batch,
-            Anneal(high=high, low=low) if anneal is None else anneal,
-            self.generator if generator is None else generator,
-            first.device,
-            first.dtype,
-            None if labels is None else _batches(labels, batch),
-            known,
-        )
+        ring = self.conveyor(count, anneal=anneal, labels=labels, known=known, batch=batch, generator=generator)
         training = self.training
         self.eval()  # no noise on the clamp but the chain's own
         try:
-            return torch.cat(list(islice(stream(ring), number)))[:count]
+            return torch.cat(list(stream(ring)))[:count]
         finally:
             self.train(training)
 
 
 def _batches(labels: Tensor, batch: int) -> Callable[[int], Tensor]:
-    """The classes of each batch; of any class beyond, where the ring loads batches that nobody waits for."""
+    """The classes of each batch, the last one filled up with any class."""
     parts = torch.cat([labels, labels.new_full((-len(labels) % batch,), -1)]).split(batch)
-    rest = labels.new_full((batch,), -1)
-    return lambda i: parts[i] if i < len(parts) else rest
+    return lambda i: parts[i]

@@ -31,8 +31,9 @@ class DiffMLP(DiffTorEqProp):
         noise: initial deviation of the learned noise on the clamp in training, in units of the input; None for none.
         denoising: weight of the denoising cost in training; 0 for a classifier only.
         span: smallest and largest deviation of the noise that is to be removed.
-        lift: slope of the first hidden layer over that of the visible node.
-        gain: ratio of one hidden layer's slope to that of the layer below.
+        direct: whether the input also drives the hidden layers.
+        lift: slope of the first hidden layer over that of the visible node; None for 0.1 with ``direct``, else 1024.
+        gain: ratio of one hidden layer's slope to that of the layer below; None for 2 with ``direct``, else 16.
         coupling_scale: the initial couplings' deviation is this over the square root of fan-in.
         norm_bound: bound on the norm of all couplings together, which bounds the relaxation's radius; None: free.
     """
@@ -50,8 +51,9 @@ class DiffMLP(DiffTorEqProp):
         noise: float | None = None,
         denoising: float = 0.0,
         span: tuple[float, float] = (0.02, 2.0),
-        lift: float = 16.0,
-        gain: float = 16.0,
+        direct: bool = True,
+        lift: float | None = None,
+        gain: float | None = None,
         coupling_scale: float = 0.5,
         norm_bound: float | None = 0.8,
     ) -> None:
@@ -67,6 +69,7 @@ class DiffMLP(DiffTorEqProp):
             noise=noise,
             denoising=denoising,
             span=span,
+            direct=direct,
             lift=lift,
             gain=gain,
             coupling_scale=coupling_scale,
@@ -76,6 +79,10 @@ class DiffMLP(DiffTorEqProp):
     def operators(self, scale: float) -> list[Operator]:
         shapes = [self.input_shape, *((w,) for w in self.hidden)]
         return [Dense(a, b, scale=scale / math.sqrt(math.prod(a))) for a, b in pairwise(shapes)]
+
+    def views(self) -> list[nn.Module]:
+        inputs = math.prod(self.input_shape)
+        return [nn.Sequential(nn.Flatten(), nn.Linear(inputs, w, bias=False)) for w in self.hidden]
 
     def feedforward(self) -> nn.Module:
         """The same widths, feed-forward, with tanh."""
@@ -97,7 +104,7 @@ class DiffConv(DiffTorEqProp):
         kernel: side of every kernel.
         stride: stride of every convolution.
         padding: zero padding of every convolution.
-        clamp, visible, noise, denoising, span, lift, gain, coupling_scale, norm_bound: as for :class:`DiffMLP`.
+        clamp, visible, noise, denoising, span, direct, lift, gain, coupling_scale, norm_bound: as for :class:`DiffMLP`.
     """
 
     def __init__(
@@ -116,8 +123,9 @@ class DiffConv(DiffTorEqProp):
         noise: float | None = None,
         denoising: float = 0.0,
         span: tuple[float, float] = (0.02, 2.0),
-        lift: float = 16.0,
-        gain: float = 16.0,
+        direct: bool = True,
+        lift: float | None = None,
+        gain: float | None = None,
         coupling_scale: float = 0.5,
         norm_bound: float | None = 0.8,
     ) -> None:
@@ -138,6 +146,7 @@ class DiffConv(DiffTorEqProp):
             noise=noise,
             denoising=denoising,
             span=span,
+            direct=direct,
             lift=lift,
             gain=gain,
             coupling_scale=coupling_scale,
@@ -153,6 +162,16 @@ class DiffConv(DiffTorEqProp):
             ops.append(Conv(shape, c, *self.geometry, scale=scale / math.sqrt(shape[0] * kernel * kernel)))
             shape = ops[-1].out_shape
         return ops
+
+    def views(self) -> list[nn.Module]:
+        """One convolution each, of the pixels that a unit would see through the layers below it."""
+        kernel, stride, padding = self.geometry
+        found: list[nn.Module] = []
+        field, step, edge = 1, 1, 0
+        for c in self.channels:
+            field, edge, step = field + (kernel - 1) * step, edge + padding * step, step * stride
+            found.append(nn.Conv2d(self.input_shape[0], c, field, step, edge, bias=False))
+        return found
 
     def feedforward(self) -> nn.Module:
         """The same convolutions, feed-forward, with tanh."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,14 @@ from torch import Tensor, nn
 
 FREQUENCIES = (0.25, 0.5, 1.0, 2.0)
 """Of the features of a noise level, in cycles per factor of e."""
+DEVIATION = 0.3
+"""Standard deviation that the data are taken to have where noise is weighed against them; that of MNIST is 0.31."""
+UNLABELLED, UNLEVELLED = 0.5, 0.2
+"""Share of the examples that are denoised without their class, and of the batches without their noise levels."""
+FLOOR = 0.003
+"""Least mean square per pixel by which errors of denoising are divided: less noise is not worth its removal."""
+CERTAIN = 30.0
+"""Logit that a given class adds to its unit of the label node."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +52,61 @@ def drawn_like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
 
 
+def among(values: Tensor, x: Tensor) -> Tensor:
+    """Numbers per example, shaped to multiply ``x``."""
+    return values.view(-1, *(1 for _ in x.shape[1:]))
+
+
+def signal(level: Tensor) -> Tensor:
+    r"""Share of the data in the variance of data plus noise, :math:`1/(1 + (s/0.3)^2)`: the gain of the best scalar
+    filter."""
+    return 1 / (1 + (level / DEVIATION).square())
+
+
+def denoising_cost(
+    denoise: Callable[[Seen], Tensor], x: Tensor, y: Tensor, span: tuple[float, float], generator: torch.Generator
+) -> Tensor:
+    r"""Mean of :math:`\tfrac12\|D(x + s\xi) - x\|^2/(c\,s^2 + 0.003)` per pixel, s drawn log-uniformly from ``span``.
+
+    :math:`c\,s^2`, with c from :func:`signal`, is what the best scalar filter leaves of the noise.
+
+    Args:
+        denoise: D, of the shape of its input.
+        x: clean inputs ``(B, ...)``.
+        y: their classes ``(B,)``, of which some are told.
+        span: smallest and largest deviation of the noise.
+        generator: of levels and noise.
+    """
+    low, high = (math.log(s) for s in span)
+    drawn = torch.rand(2, len(x), generator=generator, dtype=x.dtype).to(x.device)
+    level = (low + (high - low) * drawn[0]).exp()
+    labels = torch.where(drawn[1] < UNLABELLED, torch.full_like(y, -1), y)
+    known = float(torch.rand((), generator=generator)) >= UNLEVELLED
+    seen = Seen(x + among(level, x) * drawn_like(x, generator), level if known else None, labels)
+    error = (denoise(seen) - x).square().flatten(1).mean(1)
+    return 0.5 * (error / (signal(level) * level.square() + FLOOR)).mean()
+
+
 class Clamp(nn.Module):
     r"""The pull :math:`\kappa\,(c\,x + s\,\xi) + b` on the visible node.
 
     In training :math:`\xi\sim N(0, 1)` is drawn once per relaxation, which so has an energy of its own; s is learned by
     the contrast of :math:`\kappa\langle\xi, v\rangle`. Where the noise level of x is known, c is a learned function of
-    it, 1 otherwise.
+    it, :math:`\sqrt{\mathrm{signal}}` times a gain that begins at ``begin``; 1 otherwise.
 
     Args:
         shape: of one example.
         strength: :math:`\kappa`, above 0.
         noise: initial s in units of x, above 0; None for no noise.
         levels: whether noise levels are made use of.
+        begin: the gain before training.
     """
 
-    def __init__(self, shape: Sequence[int], strength: float, noise: float | None, levels: bool) -> None:
+    def __init__(
+        self, shape: Sequence[int], strength: float, noise: float | None, levels: bool, begin: float = 1.0
+    ) -> None:
         super().__init__()
-        self.strength = strength
+        self.strength, self.begin = strength, begin
         self.bias = nn.Parameter(torch.zeros(*shape))
         self.log_noise = None if noise is None else nn.Parameter(torch.tensor(math.log(noise)))
         self.trust = LevelFeatures(1) if levels else None
@@ -70,7 +116,7 @@ class Clamp(nn.Module):
         seen = Seen.of(given)
         x = seen.x
         if self.trust is not None and seen.level is not None:
-            x = x * self.trust(seen.level).exp().view(-1, *(1 for _ in x.shape[1:]))
+            x = x * among(signal(seen.level.to(x.dtype)).sqrt() * (self.begin + self.trust(seen.level)[:, 0]), x)
         if self.log_noise is not None and self.training:
             x = x + self.log_noise.exp() * drawn_like(x, self.generator)
         return self.strength * x + self.bias
@@ -92,45 +138,54 @@ class LevelFeatures(nn.Module):
 
 
 class Offset(nn.Module):
-    """A learned constant per feature, moved by the noise level where that is known.
+    """A learned constant per feature, in units of the activation's argument, moved by what is seen.
 
     Args:
         shape: of one example; an image's feature is a channel, a vector's a unit.
+        slope: of the node's activation.
         levels: whether noise levels are made use of.
+        view: a linear map of the input to the node, ``(B, *input_shape) -> (B, *shape)``; None where the input reaches
+            the node by the visible one alone. Where the noise level is known, it sees the input brought back to the
+            data's size.
     """
 
-    def __init__(self, shape: Sequence[int], levels: bool) -> None:
+    def __init__(self, shape: Sequence[int], slope: float, levels: bool, view: nn.Module | None = None) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape, self.slope = tuple(shape), slope
         self.value = nn.Parameter(torch.zeros(self.shape[0]))
         self.level = LevelFeatures(self.shape[0]) if levels else None
+        self.view = view
 
     def forward(self, given: Tensor | Seen) -> Tensor:
         seen = Seen.of(given)
-        value = self.value.expand(seen.x.shape[0], -1)
+        x, value = seen.x, self.value.expand(seen.x.shape[0], -1)
         if self.level is not None and seen.level is not None:
             value = value + self.level(seen.level)
-        return value.view(*value.shape, *(1 for _ in self.shape[1:])).expand(-1, *self.shape)
+            x = x * among(signal(seen.level.to(x.dtype)).sqrt(), x)
+        out = value.view(*value.shape, *(1 for _ in self.shape[1:])).expand(-1, *self.shape)
+        if self.view is not None:
+            out = out + self.view(x)
+        return out / self.slope
 
 
 class LabelClamp(nn.Module):
-    """The pull of a given class on the label node, and a bias.
+    """The pull of a given class on the label node, and a bias, both as logits.
 
     Args:
         classes: number of classes.
-        strength: of the pull on the given class's unit.
+        slope: of the label node.
     """
 
-    def __init__(self, classes: int, strength: float) -> None:
+    def __init__(self, classes: int, slope: float) -> None:
         super().__init__()
-        self.strength = strength
+        self.slope = slope
         self.bias = nn.Parameter(torch.zeros(classes))
 
     def forward(self, given: Tensor | Seen) -> Tensor:
         seen = Seen.of(given)
         out = self.bias.expand(seen.x.shape[0], -1)
-        if seen.labels is None:
-            return out
-        named = seen.labels >= 0
-        hot = nn.functional.one_hot(seen.labels.clamp_min(0), out.shape[1]).to(out.dtype)
-        return out + self.strength * hot * named[:, None]
+        if seen.labels is not None:
+            named = seen.labels >= 0
+            hot = nn.functional.one_hot(seen.labels.clamp_min(0), out.shape[1]).to(out.dtype)
+            out = out + CERTAIN * hot * named[:, None]
+        return out / self.slope

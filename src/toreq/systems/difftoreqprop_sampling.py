@@ -74,7 +74,7 @@ class Known:
     """A part of the input that is given, for in-painting.
 
     Args:
-        x: the given values ``(*input_shape)`` or ``(n, *input_shape)``.
+        x: the given values ``(*input_shape)``, or ``(batch, *input_shape)`` for each chain of a batch.
         mask: True where they are given, broadcastable to x.
     """
 
@@ -87,7 +87,8 @@ class Conveyor:
 
     One :meth:`tick` denoises all slots in a single batch, moves every chain to its next level, and releases the batch
     that has passed the last one, whose slot then takes fresh noise. Nothing is copied: the levels move along the ring,
-    the chains stay where they are. Memory is that of ``levels`` batches however many are drawn.
+    the chains stay where they are. Memory is that of ``levels`` batches however many are drawn. Once ``limit`` batches
+    are under way the ring runs empty.
 
     Args:
         denoiser: see :data:`Denoiser`.
@@ -98,6 +99,7 @@ class Conveyor:
         device, dtype: of the chains.
         labels: called with the number of the batch, gives its classes ``(batch,)`` int64; None for none.
         known: what is given of every input.
+        limit: batches to draw; None for no end.
     """
 
     def __init__(
@@ -111,10 +113,16 @@ class Conveyor:
         dtype: torch.dtype = torch.float32,
         labels: Callable[[int], Tensor] | None = None,
         known: Known | None = None,
+        limit: int | None = None,
     ) -> None:
         if batch < 1:
             raise ConfigError(f"Conveyor: expected batch >= 1, got {batch}; it is the number of chains in a slot")
         self.denoiser, self.shape, self.batch, self.anneal = denoiser, tuple(shape), batch, anneal
+        if known is not None and tuple(known.x.shape) not in (self.shape, (batch, *self.shape)):
+            raise ConfigError(
+                f"Conveyor: expected known values of {self.shape} or {(batch, *self.shape)}, got "
+                f"{tuple(known.x.shape)}; give one input for all chains, or one for each chain of a batch"
+            )
         self.generator, self.labels, self.known = generator, labels, known
         count = anneal.levels
         self.x = torch.zeros(count, batch, *self.shape, device=device, dtype=dtype)
@@ -122,12 +130,25 @@ class Conveyor:
         self.table = anneal.table(self.x)
         self.at = torch.full((count,), -1, dtype=torch.int64)  # index of each slot's level; -1 for an empty slot
         self.head = 0  # the slot that takes the next fresh batch
-        self.started = 0
+        self.tail = 0  # the slot whose batch is finished next
+        self.started, self.limit = 0, limit
+
+    @property
+    def empty(self) -> bool:
+        """Whether all batches are drawn."""
+        return self.limit is not None and self.started >= self.limit and bool((self.at < 0).all())
 
     def tick(self) -> Tensor | None:
         """Load a fresh batch, move every chain one level on, and return the batch that is finished ``(batch, *shape)``;
-        None while the ring is filling."""
-        self._load()
+        None while the ring is filling.
+
+        Raises:
+            ConfigError: when all batches are drawn.
+        """
+        if self.empty:
+            raise ConfigError(f"Conveyor: expected at most {self.limit} batches, got another tick; raise limit")
+        if self.limit is None or self.started < self.limit:
+            self._load()
         filled = (self.at >= 0).nonzero().flatten()
         x, at = self.x[filled], self.at[filled].to(self.x.device)
         level, following = self.table[at], self.table[at + 1]
@@ -142,11 +163,12 @@ class Conveyor:
         x = clean + (t.square() - u.square()).clamp_min(0).sqrt() * (x - clean) / s + u * self._noise(x)
         self.x[filled] = self._given(x, following)
         self.at[filled] += 1
-        if int(self.at[self.head]) < self.anneal.levels:
+        done = self.tail
+        if int(self.at[done]) < self.anneal.levels:
             return None
-        # the slot that is loaded next is the one that finishes first
-        self.at[self.head] = -1
-        return self.x[self.head].clone()
+        self.at[done] = -1
+        self.tail = (done + 1) % self.anneal.levels
+        return self.x[done].clone()
 
     def _load(self) -> None:
         i = self.head
@@ -178,8 +200,8 @@ def _over(level: Tensor, x: Tensor) -> Tensor:
 
 
 def stream(conveyor: Conveyor) -> Iterator[Tensor]:
-    """Finished batches without end."""
-    while True:
+    """Finished batches, without end where the ring has no limit."""
+    while not conveyor.empty:
         done = conveyor.tick()
         if done is not None:
             yield done

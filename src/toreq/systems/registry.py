@@ -12,12 +12,13 @@ from toreq.estimators import Estimator
 from toreq.layer import equilibria
 from toreq.options import check_types
 from toreq.solvers import Solver
-from toreq.systems import htsep, mstep, tepssr_nets, tpeqprop_nets
+from toreq.systems import difftoreqprop_nets, htsep, mstep, tepssr_nets, tpeqprop_nets
 from toreq.systems.base import System
 from toreq.systems.toreqprop import ARCHITECTURES
 
 _SYSTEMS: dict[str, dict[str, type[System]]] = {
     "toreqprop": ARCHITECTURES,
+    "difftoreqprop": difftoreqprop_nets.ARCHITECTURES,
     "mstep": mstep.ARCHITECTURES,
     "tpeqprop": tpeqprop_nets.ARCHITECTURES,
     # the tagger and the causal one take a label for every token, which what goes through all systems does not give
