@@ -42,8 +42,8 @@ class Size:
 
 SIZES = {
     "smoke": Size((16, 8), {"parity": 3, "sort": 3, "maze": 2}, 1, 8, 8),
-    "quick": Size((20_000, 500), {"parity": 8, "sort": 6, "maze": 3}, 120, 32, 48),
-    "full": Size((50_000, 1000), {"parity": 16, "sort": 12, "maze": 5}, 1500, 64, 96),
+    "quick": Size((20_000, 500), {"parity": 8, "sort": 6, "maze": 3}, 200, 32, 48),
+    "full": Size((50_000, 1000), {"parity": 10, "sort": 8, "maze": 4}, 1200, 32, 48),
 }
 
 
