@@ -269,8 +269,8 @@ def nudge_response(net: StateSpaceClassifier | LoopedTransformer, x: Tensor, v: 
 
 
 def early_gradient(net: StateSpaceClassifier | LoopedTransformer, x: Tensor, v: Tensor, steps: int) -> float:
-    r"""Mean over examples of the largest entry of :math:`\partial\langle v, h_T\rangle/\partial a_0`, backprop through T steps
-    of the loop to its start; in float64, since it vanishes."""
+    r"""Mean over examples of the largest entry of :math:`\partial\langle v, h_T\rangle/\partial a_0`, backprop through
+    T steps of the loop to its start; in float64, since it vanishes."""
     dynamics = net.equilibrium.dynamics
     bindings = detached(dynamics.bind(x))
     bindings = {n: b.map(_double, _double) for n, b in bindings.items()}
