@@ -114,7 +114,7 @@ DEFECTS: tuple[Defect, ...] = (
     _d("ring: off by one", "memory/ring.py", "(self._head - age) % self.length", "(self._head - age - 1) % self.length", "test_ring"),
     _d("ring: fading sum keeps the oldest", "memory/ring.py", "self._last * oldest", "0 * oldest", "test_ring"),
     # energies, couplings, operators, nodes
-    _d("bilinear: missing adjoint", _COUPLINGS, "h[self.post], bound.shared)\n\n    def gradient", "0 * h[self.post], bound.shared)\n\n    def gradient", "test_couplings"),
+    _d("bilinear: missing adjoint", _COUPLINGS, "h[self.post], tensors)\n\n    def gradient", "0 * h[self.post], tensors)\n\n    def gradient", "test_couplings"),
     _d("bilinear: half of the contrast dropped", _COUPLINGS, "torch.cat([m[self.pre], d[self.pre]])", "torch.cat([m[self.pre], 0 * d[self.pre]])", "test_couplings"),
     _d("drive: examples weighted alike", _COUPLINGS, 'return {"drive": d * per_example(weight, d)}', 'return {"drive": d * weight.mean()}', "test_couplings"),
     _d("gate: half of its gradient dropped", _COUPLINGS, "wd * self.op(g * m, bound.shared) + m * self.op(g * wd, bound.shared)", "2 * wd * self.op(g * m, bound.shared)", "test_couplings"),
@@ -169,6 +169,12 @@ DEFECTS: tuple[Defect, ...] = (
     _d("tanh: fast branch without the gain", "core/nodes.py", "s = (a * (-2 * gain)).sigmoid_()", "s = (a * -2).sigmoid_()", "test_rounding"),
     _d("warm start: of examples never seen", "starts.py", "seen = store.seen[index]", "seen = torch.ones_like(store.seen[index])", "test_starts"),
     _d("warm start: an overflow is kept", "starts.py", "store.seen[index] = finite", "store.seen[index] = True", "test_starts"),
+    # state spaces
+    _d("state space: gradients of the first half of a doubled batch alone", "core/couplings.py", "g[:size] + g[size:] if k in both.batched else g for k, g in grads.items()}\n\n\nclass Lateral", "g[:size] if k in both.batched else g for k, g in grads.items()}\n\n\nclass Lateral", "test_tepssr"),
+    _d("state space: the border's state read a token late", "core/ssm_state.py", "before = at.step.cumsum(1) - at.step", "before = at.step.cumsum(1)", "test_tepssr_memory"),
+    _d("state space: written at a masked token", "core/ssm_state.py", "gate_in, gate_out = gate_in * mask, gate_out * mask", "gate_out = gate_out * mask", "test_tepssr_memory"),
+    _d("segments: the ring's weights do not sum to 1", "systems/tepssr_memory.py", "(1 - rho) / (1 - rho**slots)", "1 / (1 - rho**slots)", "test_tepssr_memory"),
+    _d("parts: every token in every part", "systems/tepssr_parts.py", "mask[:, None] & (place >= low) & (place < high)", "mask[:, None] & (place < high)", "test_tepssr_parts"),
     _d("settings: fast is exact", "systems/registry.py", 'if settings == "fast":', "if False:", "test_settings"),
 )  # fmt: skip
 

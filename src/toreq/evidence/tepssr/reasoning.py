@@ -22,7 +22,7 @@ from toreq.tuning.space import Value
 TASKS = ("parity", "sort", "maze")
 HOW = (nets.OWN, nets.FORWARD, nets.LOOPED, nets.LSTM, nets.DIAGONAL)
 LONGER = (2, 4)
-OPTIONS: dict[str, Any] = {"layers": 0, "attention": "linear", "states": 2}
+OPTIONS: dict[str, Any] = {"layers": 1, "attention": "none", "states": 2}
 RATE, TRIALS, BATCH = 5e-3, 3, 32
 SPACE = Space({"rate": Real(1e-3, 2e-2, log=True)})
 EXTRA, LEARNED, MORE = "extra steps at the longest", 90.0, 5.0
@@ -42,8 +42,8 @@ class Size:
 
 SIZES = {
     "smoke": Size((16, 8), {"parity": 3, "sort": 3, "maze": 2}, 1, 8, 8),
-    "quick": Size((20_000, 500), {"parity": 8, "sort": 6, "maze": 3}, 120, 32, 48),
-    "full": Size((50_000, 1000), {"parity": 16, "sort": 12, "maze": 5}, 1500, 64, 96),
+    "quick": Size((20_000, 500), {"parity": 8, "sort": 6, "maze": 3}, 200, 32, 48),
+    "full": Size((50_000, 1000), {"parity": 10, "sort": 8, "maze": 4}, 1200, 32, 48),
 }
 
 
@@ -161,14 +161,14 @@ def _protocol() -> str:
     )
     return f"""
     Running parity, sorting, and mazes (the shortest way), with a label for every position ({said}); trained at one
-    length, tested at {LONGER[0]} and {LONGER[1]} times that length. The network of TEP-SSR is the tagger: the potential
-    over the tokens with selective maps and linear attention, both directions, no positions. Other sides have the width
-    that brings them nearest to its number of parameters; the looped transformer has sines and cosines of the position,
-    the LSTM and the diagonal state-space model see the past only. Adam, batches of {BATCH}, the gradient's norm clipped
-    to 1, a rate that rises and then stays, tuned for each side and task in {TRIALS} trials of a third of the steps by
-    the loss on a tenth of the training sequences. Each sequence settles for itself and stops at the tolerance it was
-    trained with; steps are those of the solver, on 250 sequences of each length. A task counts only where the network
-    reaches {LEARNED:g}% at the training length.
+    length, tested at {LONGER[0]} and {LONGER[1]} times that length. The network of TEP-SSR is the tagger with one tanh
+    layer, selective maps, no attention and no positions. Other sides have the width that brings them nearest to its
+    number of parameters; the looped transformer has sines and cosines of the position, the LSTM and the diagonal
+    state-space model see the past only. Adam, batches of {BATCH}, the gradient's norm clipped to 1, a rate that rises
+    and then stays, tuned for each side and task in {TRIALS} trials of a third of the steps by the loss on a tenth of
+    the training sequences. Each sequence settles for itself and stops at the tolerance it was trained with; steps are
+    those of the solver, on 250 sequences of each length. A task counts only where the network reaches {LEARNED:g}% at
+    the training length.
     """
 
 
