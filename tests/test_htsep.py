@@ -110,6 +110,14 @@ def test_a_closed_unit_is_silent_and_none_of_its_weights_changes(make: type) -> 
     for n, closed in shut.items():
         assert 0.2 < float(closed.double().mean()) < 0.8
         assert float(h[n][closed].abs().max()) == 0
+    # nor does a nudge open it
+    v = torch.randn_like(h["h2"])
+    for n, t in net.equilibrium.solve_nudged(x, net.opened(x, v)).h.items():
+        assert float(t[shut[n].repeat(2, 1)].abs().max()) == 0
+    statistics = net.equilibrium.last.nudged
+    assert statistics is not None
+    assert statistics.asym is not None
+    assert float(statistics.asym.max()) < 0.1
     # all examples share a context here: the same units are closed for each
     rows = shut["h1"][0]
     drive = found[next(n for n in found if "inner" in n and n.endswith("weight"))]

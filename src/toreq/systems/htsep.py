@@ -101,7 +101,17 @@ class HTSEP(System):
         if self.training and learning:
             self.context.observe(x)
         with self.context.drawn(x, draw=self.training):
-            return self.head(self.equilibrium(x))
+            return self.head(self.opened(x, self.equilibrium(x)))
+
+    def opened(self, x: Tensor, h: Tensor) -> Tensor:
+        """The read-out node's rates times its gates: as they are, but a nudge then reaches open units alone.
+
+        Args:
+            x: ``(B, *input_shape)``.
+            h: rates of the read-out node, ``(B, *shape)``.
+        """
+        gates = self.context.gates(x, self.equilibrium.readout[0])
+        return h * gates.reshape(*gates.shape, *[1] * (h.dim() - gates.dim())).to(h.dtype)
 
     @torch.no_grad()
     def spike(self, x: Tensor, solver: Spiking | None = None) -> tuple[Tensor, SpikingSolution]:

@@ -59,7 +59,7 @@ def continual_step(
     with net.context.drawn(x, draw=net.training):
         bindings = detached(energy.bind(x))
         free = net.equilibrium.free_phase(bindings)
-        loss, v = _head_step(net, free.h, y, rate)
+        loss, v = _head_step(net, x, free.h, y, rate)
         phase = FreePhase(energy, bindings, net.equilibrium.solver, free.state, free.h)
         estimator = OneSided(beta=beta)
         size = estimator.betas(phase, v)
@@ -74,12 +74,12 @@ def continual_step(
     return loss
 
 
-def _head_step(net: HTSEP, h: State, y: Tensor, rate: float) -> tuple[float, State]:
+def _head_step(net: HTSEP, x: Tensor, h: State, y: Tensor, rate: float) -> tuple[float, State]:
     """The loss and its cotangent at the read-out; the head's parameters are moved."""
     name = net.equilibrium.readout[0]
     with torch.enable_grad():
         read = h[name].detach().requires_grad_()
-        loss = net.criterion(net.head(read), y)
+        loss = net.criterion(net.head(net.opened(x, read)), y)
         if not bool(torch.isfinite(loss)):
             raise DivergenceError(f"continual_step: expected a finite loss, got {loss.item()}; lower the rate")
         own = list(net.head.parameters())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from toreq.evidence.budgets import Budget
 from toreq.evidence.claim import Claim, Criterion, Outcome, Picture, Trial, Tuning
 from toreq.evidence.htsep import nets
 from toreq.evidence.protocols import control
@@ -25,6 +24,8 @@ KINDS = {
 SIDES = {f"{task} {kind}": what for task in TASKS for kind, what in KINDS.items()}
 TRIALS, WIDTH, SHARE, SEEDS = 2, 64, 0.75, {"pendulum": 20, "hopper": 1}
 
+TINY = control.Sizes(steps=8, every=8, episodes=1, final=1, envs=2, rollout=2, batch=4, epochs=1)
+
 
 class ContextTrunk(control.Settling):
     """The layer of an HTSEP network as a trunk, its contexts learned from the observations of each update.
@@ -36,6 +37,7 @@ class ContextTrunk(control.Settling):
     def __init__(self, net: HTSEP) -> None:
         super().__init__(net)
         self.context = net.context
+        self._net = (net,)  # in a tuple: its head is no part of the trunk
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``(B, F)`` in [0, 1]."""
@@ -43,7 +45,7 @@ class ContextTrunk(control.Settling):
             self.context.observe(x)
         # probabilities are not drawn: a policy's ratio of likelihoods needs the same gates twice
         with self.context.drawn(x, draw=False):
-            return super().forward(x)
+            return self._net[0].opened(x, super().forward(x))
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,20 @@ def trunk(trial: Trial) -> control.Trunk:
     return Contexts(width, "hard" if kind == OWN else "off")
 
 
-def task(side: str, budget: Budget) -> control.Task:
-    """The task of a side."""
-    return control.find(TASKS[side.split()[0]])
+def task(side: str) -> control.Task:
+    """The task of a side; a few steps in a smoke run."""
+    found = control.find(TASKS[side.split()[0]])
+    return replace(found, sizes={**found.sizes, "smoke": TINY})
 
 
 def run(trial: Trial) -> Outcome:
     """Train and measure one side's policy."""
-    return control.run(trunk(trial), trial, task(trial.side, trial.budget))
+    return control.run(trunk(trial), trial, task(trial.side))
 
 
 def mean_return(trial: Trial, params: Mapping[str, Value]) -> float:
     """What tuning maximises: the mean return over a training of a quarter of the steps."""
-    return control.objective(trunk(trial), trial, task(trial.side, trial.budget), params)
+    return control.objective(trunk(trial), trial, task(trial.side), params)
 
 
 def _criteria() -> tuple[Criterion, ...]:
