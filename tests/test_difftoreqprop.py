@@ -66,7 +66,7 @@ def test_the_visible_node_is_a_compromise(name: str, visible: str) -> None:
 @EACH
 @pytest.mark.parametrize("direct", [True, False])
 def test_gradients_are_those_of_the_cost(name: str, direct: bool) -> None:
-    net, (x, y) = _net(name, noise=0.3, direct=direct, lift=4.0, gain=2.0).eval(), _batch()
+    net, (x, y) = _net(name, noise=0.3, direct=direct, lift=4.0, gain=2.0, label_gain=1.0).eval(), _batch()
 
     def gradients() -> dict[str, Tensor]:
         net.zero_grad()
@@ -227,6 +227,7 @@ def test_samples_have_the_right_shape_and_obey_what_is_given() -> None:
         ({"denoising": -1.0}, "denoising >= 0"),
         ({"span": (1.0, 0.5)}, "0 < low < high"),
         ({"lift": 0.0}, "lift > 0"),
+        ({"label_gain": -1.0}, "label_gain > 0"),
         ({"hidden": ()}, "positive widths"),
     ],
 )

@@ -220,7 +220,8 @@ def _contrast(energy: Energy, x: Tensor, plus: Phase, minus: Phase, weight: Tens
         ahead, behind = Blind(plus[1], c.nodes), Blind(minus[1], c.nodes)
         if c.linear:
             # quadratic at most: the values' difference is the field half-way times the way, and no digits cancel in it
-            field = c.field({n: 0.5 * (t + behind[n]) for n, t in ahead.items()}, bound)
+            c.value(ahead, bound)  # is asked too: it may look where the field does not
+            field = c.field(Blind({n: 0.5 * (t + behind[n]) for n, t in ahead.items()}, c.nodes), bound)
             parts = [(per_example(weight, f) * (ahead[n] - behind[n]) * f).sum() for n, f in field.items()]
             _accumulate(out, -torch.stack(parts).sum(), every)
         else:

@@ -33,10 +33,10 @@ from toreq.systems.difftoreqprop_sampling import Anneal, Conveyor, Known, stream
 
 VISIBLE: dict[str, Callable[[float], Activation]] = {"identity": Identity, "hard_sigmoid": HardSigmoid}
 """Activations of the visible node: one that can be sampled, and one that stays in [0, 1]."""
-DIRECT, THROUGH = (0.1, 2.0, 16.0), (1024.0, 16.0, 1.0)
+DIRECT, THROUGH = (0.5, 2.0, 4.0), (1024.0, 16.0, 1.0)
 """Lift, gain, and the label node's slope over that of the last hidden layer, where the input drives the hidden layers
-and where it has to pass the visible node: flat hidden layers leave the couplings' norm to the way down, and a steep
-label node hears them all the same."""
+and where it has to pass the visible node. Flatter hidden layers denoise better and leave less of the class's pull to
+the visible node, whose gradients then lose their digits in float32; a steeper label node learns classes faster."""
 
 
 class DiffTorEqProp(System):
@@ -87,17 +87,20 @@ class DiffTorEqProp(System):
         direct: bool,
         lift: float | None,
         gain: float | None,
+        label_gain: float | None,
         coupling_scale: float,
         norm_bound: float | None,
     ) -> None:
         """Put nodes and couplings together."""
         self._check(clamp, visible, noise, denoising, span)
         usual = DIRECT if direct else THROUGH
-        lift, gain = usual[0] if lift is None else lift, usual[1] if gain is None else gain
-        if not (lift > 0 and gain > 0):
+        lift, gain, label_gain = (
+            u if given is None else given for u, given in zip(usual, (lift, gain, label_gain), strict=True)
+        )
+        if not (lift > 0 and gain > 0 and label_gain > 0):
             raise ConfigError(
-                f"DiffTorEqProp: expected lift > 0 and gain > 0, got {lift} and {gain}; leave them None for "
-                f"{usual[0]:g} and {usual[1]:g}"
+                f"DiffTorEqProp: expected lift > 0, gain > 0 and label_gain > 0, got {lift}, {gain} and {label_gain}; "
+                f"leave them None for {', '.join(f'{u:g}' for u in usual)}"
             )
         self.denoising, self.span = float(denoising), (float(span[0]), float(span[1]))
         ops = self.operators(coupling_scale)
@@ -106,7 +109,7 @@ class DiffTorEqProp(System):
         names = [f"h{i + 1}" for i in range(len(ops))]
         own = 1 / (1 + clamp)
         slopes = [own * lift * gain**i for i in range(len(ops))]
-        top = slopes[-1] * usual[2]
+        top = slopes[-1] * label_gain
         label = Dense(shapes[-1], self.num_classes, scale=coupling_scale / math.sqrt(math.prod(shapes[-1])))
         nodes = [Node("v", self.input_shape, VISIBLE[visible](own))]
         nodes += [Node(n, s, Tanh(g)) for n, s, g in zip(names, shapes, slopes, strict=True)]

@@ -32,8 +32,9 @@ class DiffMLP(DiffTorEqProp):
         denoising: weight of the denoising cost in training; 0 for a classifier only.
         span: smallest and largest deviation of the noise that is to be removed.
         direct: whether the input also drives the hidden layers.
-        lift: slope of the first hidden layer over that of the visible node; None for 0.1 with ``direct``, else 1024.
+        lift: slope of the first hidden layer over that of the visible node; None for 0.5 with ``direct``, else 1024.
         gain: ratio of one hidden layer's slope to that of the layer below; None for 2 with ``direct``, else 16.
+        label_gain: slope of the label node over that of the last hidden layer; None for 4 with ``direct``, else 1.
         coupling_scale: the initial couplings' deviation is this over the square root of fan-in.
         norm_bound: bound on the norm of all couplings together, which bounds the relaxation's radius; None: free.
     """
@@ -54,6 +55,7 @@ class DiffMLP(DiffTorEqProp):
         direct: bool = True,
         lift: float | None = None,
         gain: float | None = None,
+        label_gain: float | None = None,
         coupling_scale: float = 0.5,
         norm_bound: float | None = 0.8,
     ) -> None:
@@ -72,6 +74,7 @@ class DiffMLP(DiffTorEqProp):
             direct=direct,
             lift=lift,
             gain=gain,
+            label_gain=label_gain,
             coupling_scale=coupling_scale,
             norm_bound=norm_bound,
         )
@@ -104,7 +107,8 @@ class DiffConv(DiffTorEqProp):
         kernel: side of every kernel.
         stride: stride of every convolution.
         padding: zero padding of every convolution.
-        clamp, visible, noise, denoising, span, direct, lift, gain, coupling_scale, norm_bound: as for :class:`DiffMLP`.
+        clamp, visible, noise, denoising, span, direct, lift, gain, label_gain, coupling_scale,
+            norm_bound: as for :class:`DiffMLP`.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class DiffConv(DiffTorEqProp):
         direct: bool = True,
         lift: float | None = None,
         gain: float | None = None,
+        label_gain: float | None = None,
         coupling_scale: float = 0.5,
         norm_bound: float | None = 0.8,
     ) -> None:
@@ -149,6 +154,7 @@ class DiffConv(DiffTorEqProp):
             direct=direct,
             lift=lift,
             gain=gain,
+            label_gain=label_gain,
             coupling_scale=coupling_scale,
             norm_bound=norm_bound,
         )
