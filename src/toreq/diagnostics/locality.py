@@ -158,7 +158,7 @@ def _watch(
     def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         inputs.append(args[0].detach() if isinstance(args[0], Tensor) else args[0])
         for name, t in (output if isinstance(output, dict) else {layer.readout[0]: output}).items():
-            t.register_hook(lambda g, name=name: cotangent.update({name: g.detach()}))
+            t.register_hook(lambda g, name=name: None if g is None else cotangent.update({name: g.detach()}))
 
     return hook
 

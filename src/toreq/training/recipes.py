@@ -119,11 +119,11 @@ _DEMO: dict[str, tuple[DemoRow, ...]] = {
         DemoRow(
             "tepssr",
             "tepssr classifier",
-            {"arch": "classifier", "selective": False, "attention": "none"},
+            {"arch": "classifier", "selective": False, "attention": "none", "settings": "fast"},
             epochs=2,
             limit_train=10_000,
             limit_test=2_000,
-            seconds=15.0,
+            seconds=20.0,
             train={"learning_rate": 5e-3, "batch_size": 32},
         ),
     ),

@@ -99,7 +99,7 @@ def disagreement(length: int, seed: int, hidden: int) -> float:
 
 def _network_step(side: str, steps: int, seed: int, budget_small: bool) -> Callable[[], None]:
     torch.manual_seed(seed)
-    count = 16 if budget_small else TOKENS
+    count = 6 if budget_small else TOKENS
     net = StateSpaceClassifier((count, 2), CLASSES, features=FEATURES, hidden=HIDDEN, attention="none")
     net.equilibrium.warn = False  # the number of steps is fixed, settled or not
     fixed: Any = fixed_steps(net, steps, "unrolled" if side == "unrolled" else None)
@@ -119,7 +119,7 @@ def run(trial: Trial) -> Outcome:
     metrics: dict[str, Quantity] = {}
     if trial.side in ("online", "bptt"):
         hidden = 4 if small else HIDDEN
-        sizes = (8, 16) if small else LENGTHS
+        sizes = (3, 6) if small else LENGTHS
         make: Callable[[int], Callable[[], object]] = functools.partial(
             _layer, trial.side, seed=trial.seed, hidden=hidden
         )
@@ -127,7 +127,7 @@ def run(trial: Trial) -> Outcome:
         if trial.side == "online":
             metrics[ERROR] = Quantity(disagreement(sizes[1], trial.seed, hidden), "")
     else:
-        sizes = (4, 8) if small else tuple(n for n in STEPS if trial.side == "joint" or n <= LIMIT)
+        sizes = (2, 4) if small else tuple(n for n in STEPS if trial.side == "joint" or n <= LIMIT)
         make = functools.partial(_settled, trial.side, seed=trial.seed, small=small)
         name = "peak memory against steps"
     points = []
