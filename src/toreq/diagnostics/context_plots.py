@@ -23,13 +23,16 @@ def torus(view: TorusView, theme: Theme = "light") -> Figure:
         # a closed unit keeps a mark, so that the torus is seen whole
         cell.scatter(at[shut, 1], at[shut, 0], s=4, color=palette.faint, label="closed")
         cell.scatter(at[~shut, 1], at[~shut, 0], s=5, color=palette.series[1], label="open")
-        cell.plot(view.slot[1], view.slot[0], marker="+", markersize=9, color=palette.ink)
+        cell.plot(view.slot[1], view.slot[0], marker="+", markersize=9, color=palette.ink, clip_on=False)
         cell.set_xlim(0, max(shape[1], 1))
         cell.set_ylim(shape[0], 0)
         cell.set_aspect("equal" if shape[1] > 1 else "auto")
         cell.set_xticks([])
         cell.set_yticks([])
         cell.set_title("units opened", fontsize=9.5)
+        cell.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.05), fontsize=8, handletextpad=0.1, columnspacing=0.8, ncol=2
+        )
         return figure
 
 

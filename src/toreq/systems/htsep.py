@@ -34,6 +34,12 @@ from toreq.systems.htsep_context import ContextTorus, Gate, Gated
 from toreq.systems.htsep_growth import grow
 from toreq.systems.htsep_langevin import ExploredCentered
 
+RESTING = 0.1
+"""Rate at which units of upper layers start where the layer below is silent."""
+
+RESPONSE = 1e-3
+"""Of nudged phases, beside the state: at the usual hundredth more units cross a kink than the gradient bears."""
+
 
 class HTSEP(System):
     r"""Layers of spiking units whose gates a torus of contexts opens (the seed's hyper-toroidal stochastic EqProp).
@@ -78,6 +84,10 @@ class HTSEP(System):
             head: the read-out.
             temperature: of the Langevin noise in nudged phases.
         """
+        for node, drive in zip(nodes, drives, strict=True):
+            if isinstance(drive, Bias) and isinstance(node.activation, HardSigmoid):
+                # a unit that nothing reaches would otherwise sit exactly on the kink at 0
+                nn.init.constant_(drive.value, RESTING / node.activation.gain)
         names = [n.name for n in nodes]
         gates = {n.name: Gate(self.context, n.name, n.shape) for n in nodes}
         couplings: list[Coupling] = [Drive(n, Gated(drive, gates[n])) for n, drive in zip(names, drives, strict=True)]
@@ -88,7 +98,9 @@ class HTSEP(System):
         if estimator is None and temperature > 0:
             estimator = ExploredCentered(temperature=temperature)
         solver = Anderson(length=3) if solver is None else solver
-        self.assemble(Energy(nodes, couplings), solver, estimator, head)
+        energy = Energy(nodes, couplings)
+        energy.response = RESPONSE
+        self.assemble(energy, solver, estimator, head)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, num_classes)`` at equilibrium; in training mode the batch's statistics are learned first.
