@@ -73,7 +73,7 @@ def test_the_half_that_is_given_is_kept(run: Path, tmp_path: Path) -> None:
         (["--levels", "1"], "levels >= 2"),
         (["--eta", "2"], "eta in"),
         (["--n", "0"], "count >= 1"),
-        (["--n", "60", "--keep", "top"], "lower --n"),
+        (["--n", "10001", "--keep", "top"], "lower --n"),
     ],
 )
 def test_bad_usage_is_told_in_a_line(
