@@ -55,11 +55,12 @@ def plain_norm(net: TEPSSR, x: Tensor, iterations: int = 30) -> float:
     r"""Largest singular value of the relaxation's Jacobian :math:`J\sigma'`, :math:`J = \partial f/\partial h`, at the
     equilibria of ``x``, the largest over examples, by power iteration.
 
-    In pre-activations as they are. The radius is the norm in the coordinates :math:`\sigma'^{1/2} a`, in which that
-    Jacobian is symmetric.
+    In pre-activations as they are. Of an energy the radius is the norm in the coordinates :math:`\sigma'^{1/2} a`, in
+    which that Jacobian is symmetric; of a causal field it says nothing, since what earlier tokens do to later ones is
+    off the diagonal.
 
     Args:
-        net: a network with an energy, so that J is symmetric.
+        net: the network.
         x: a batch.
         iterations: of the power method.
     """
@@ -68,15 +69,15 @@ def plain_norm(net: TEPSSR, x: Tensor, iterations: int = 30) -> float:
         bindings = detached(layer.dynamics.bind(x))
         a = layer.free_phase(bindings).state
         h = layer.dynamics.activate(a, bindings)
-    product, _ = field_products(layer.dynamics, h, bindings)
+    transpose, forward = field_products(layer.dynamics, h, bindings, both=True)
     generator = torch.Generator(device=x.device).manual_seed(0)
     v = {n: torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device) for n, t in a.items()}
     size = norm(v)
     with torch.no_grad():
         for _ in range(iterations):
-            u = product(layer.dynamics.derivative(a, h, scaled(v, 1 / norm(v).clamp_min(1e-30)), bindings))
+            u = forward(layer.dynamics.derivative(a, h, scaled(v, 1 / norm(v).clamp_min(1e-30)), bindings))
             size = norm(u)
-            v = layer.dynamics.derivative(a, h, product(u), bindings)
+            v = layer.dynamics.derivative(a, h, transpose(u), bindings)
     return float(size.max())
 
 
