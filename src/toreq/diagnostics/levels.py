@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from toreq.diagnostics.relaxation import drive_and_cotangent
+from toreq.diagnostics.relaxation import drive_and_cotangent, way_to_equilibrium
 from toreq.layer import equilibria
-
-SETTLED, MOST = 1e-6, 400
-"""Relative residual and most steps of the equilibrium that distances are taken from."""
 
 
 @dataclass(frozen=True)
@@ -45,27 +42,19 @@ def level_settling(net: nn.Module, x: Tensor, y: Tensor) -> LevelSettling | None
     if layer is None:
         return None
     drive, _ = drive_and_cotangent(net, layer, x, y)
-    trace = layer.solve(drive, record="states").trace
-    assert trace is not None
-    assert trace.states is not None
-    solver = layer.solver
-    try:
-        layer.solver = replace(solver, tolerance=SETTLED, max_steps=max(MOST, solver.max_steps), precision="full")
-        end = layer.solve(drive)
-    finally:
-        layer.solver = solver
+    states, end = way_to_equilibrium(layer, drive)
     bindings = layer.dynamics.bind(drive)
-    shown = [layer.dynamics.activate(a, bindings) for a in trace.states]
+    shown = [layer.dynamics.activate(a, bindings) for a in states]
     order = layer.dynamics.names
     distance, maps = [], []
     for level in layer.dynamics.levels():
         nodes = [n for n in order if n in level]
-        goal = torch.cat([end.h[n].flatten(1) for n in nodes], 1)
+        goal = torch.cat([end[n].flatten(1) for n in nodes], 1)
         state = [torch.cat([h[n].flatten(1) for n in nodes], 1) for h in shown]
         size = goal.norm(dim=1).clamp_min(torch.finfo(goal.dtype).tiny)
         distance.append(torch.stack([(s - goal).norm(dim=1) / size for s in state]).double().cpu().numpy())
         top = nodes[-1]
-        if end.h[top].dim() == 4:
-            moved = [(h[top][0] - end.h[top][0]).abs().mean(0) for h in shown]
+        if end[top].dim() == 4:
+            moved = [(h[top][0] - end[top][0]).abs().mean(0) for h in shown]
             maps.append(torch.stack(moved).double().cpu().numpy())
-    return LevelSettling(distance, maps, float(solver.tolerance))
+    return LevelSettling(distance, maps, float(layer.solver.tolerance))

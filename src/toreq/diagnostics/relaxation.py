@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from toreq.core.state import State
 from toreq.diagnostics.gradients import criterion
 from toreq.layer import Equilibrium, equilibria
+
+SETTLED, MOST = 1e-6, 400
+"""Relative residual and steps to which a phase is settled to see how far its steps still were."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,24 @@ def drive_and_cotangent(net: nn.Module, layer: Equilibrium, x: Tensor, y: Tensor
         handle.remove()
     zero_or_grad = tree_map(lambda t: torch.zeros_like(t) if t.grad is None else t.grad, leaves[0])
     return inputs[0], zero_or_grad
+
+
+def way_to_equilibrium(layer: Equilibrium, drive: Any) -> tuple[list[State], State]:
+    """Pre-activations after each step of a free phase, and the activations where it ends up when it settles further.
+
+    Args:
+        layer: left as it was.
+        drive: its input.
+    """
+    trace = layer.solve(drive, record="states").trace
+    assert trace is not None
+    assert trace.states is not None
+    solver = layer.solver
+    try:
+        layer.solver = replace(solver, tolerance=SETTLED, max_steps=max(MOST, solver.max_steps), precision="full")
+        return list(trace.states), layer.solve(drive).h
+    finally:
+        layer.solver = solver
 
 
 @contextlib.contextmanager

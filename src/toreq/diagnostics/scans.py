@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,11 +13,8 @@ from torch import Tensor, nn
 
 from toreq.core import SSM
 from toreq.diagnostics.plots import MARKERS, Array, Theme, axes_of
-from toreq.diagnostics.relaxation import drive_and_cotangent
+from toreq.diagnostics.relaxation import drive_and_cotangent, way_to_equilibrium
 from toreq.layer import Equilibrium, equilibria
-
-SETTLED, MOST = 1e-6, 400
-"""Relative residual and most steps of the equilibrium that distances are taken from."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +49,11 @@ def scans(net: nn.Module, x: Tensor, y: Tensor) -> Scans | None:
         return None
     values = [m.eigenvalues().flatten().cpu().numpy() for m in layer.modules() if isinstance(m, SSM)]
     drive, _ = drive_and_cotangent(net, layer, x, y)
-    trace = layer.solve(drive, record="states").trace
-    assert trace is not None
-    assert trace.states is not None
-    solver = layer.solver
-    try:
-        layer.solver = replace(solver, tolerance=SETTLED, max_steps=max(MOST, solver.max_steps), precision="full")
-        end = layer.solve(drive)
-    finally:
-        layer.solver = solver
+    states, end = way_to_equilibrium(layer, drive)
     bindings, name = layer.dynamics.bind(drive), layer.dynamics.names[0]
-    goal = end.h[name]
+    goal = end[name]
     size = goal.norm(dim=-1).clamp_min(torch.finfo(goal.dtype).tiny)
-    shown = [layer.dynamics.activate(a, bindings)[name] for a in trace.states]
+    shown = [layer.dynamics.activate(a, bindings)[name] for a in states]
     distance = torch.stack([((h - goal).norm(dim=-1) / size).mean(0) for h in shown])
     return Scans(values, distance.double().cpu().numpy())
 
