@@ -150,13 +150,13 @@ def test_scores_are_ranked_as_by_mann_and_whitney() -> None:
     assert generators.auroc(torch.zeros(3), torch.ones(3)) == 100
 
 
-def test_the_plain_denoiser_begins_near_the_best_scalar_filter_and_follows_its_class() -> None:
+def test_the_plain_denoiser_begins_near_the_linear_filter_and_follows_its_class() -> None:
     torch.manual_seed(0)
-    net = generators.PlainDenoiser((4, 6)).eval()
+    net = generators.PlainDenoiser(4, 6).eval()
     x = torch.rand(3, 1, 28, 28)
     with torch.no_grad():
         little = net.denoise(Seen(x, torch.full((3,), 0.01)))
-        assert float((little - x).abs().max()) < 0.02
+        assert float((little - x).abs().max()) < 0.05  # of what a filter leaves of 0.01, in parts of 0.3
         much = torch.full((3,), 0.5)
         a, b = (net.denoise(Seen(x, much, torch.full((3,), k))) for k in (1, 2))
         assert not torch.allclose(a, b)
@@ -164,7 +164,7 @@ def test_the_plain_denoiser_begins_near_the_best_scalar_filter_and_follows_its_c
 
 def test_an_autoencoder_learns_its_bound_and_draws_its_classes() -> None:
     torch.manual_seed(0)
-    net = generators.VAE((4, 6), 3)
+    net = generators.VAE((4, 6), 8, 3)
     centres = (torch.rand(10, 1, 28, 28) > 0.5).float()
     y = torch.arange(40) % 10
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)

@@ -75,6 +75,13 @@ class System(nn.Module, ABC):
         """
         self.equilibrium.dynamics.prepare = how.to(next(self.parameters()))
 
+    def observe(self, x: Tensor) -> None:
+        """Take what a system knows of its inputs before training, such as their covariance; nothing by default.
+
+        Args:
+            x: training inputs ``(N, *input_shape)``.
+        """
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, num_classes)`` at equilibrium.
 

@@ -10,7 +10,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from toreq.core import Activation, Bilinear, Coupling, Dense, Drive, Energy, HardSigmoid, Identity, Node, Tanh
+from toreq.core import (
+    Activation,
+    Bilinear,
+    Coupling,
+    Dense,
+    Drive,
+    Energy,
+    HardSigmoid,
+    Identity,
+    Node,
+    Standardize,
+    Tanh,
+)
 from toreq.core.norm_control import control_norm
 from toreq.core.operators import Operator
 from toreq.core.state import detached
@@ -19,15 +31,14 @@ from toreq.estimators import Estimator
 from toreq.layer import Equilibrium
 from toreq.solvers import Anderson, Solver
 from toreq.systems.base import System, chain_bounds
+from toreq.systems.difftoreqprop_filter import LinearFilter
 from toreq.systems.difftoreqprop_parts import (
     Clamp,
     LabelClamp,
     Offset,
     Seen,
-    among,
     denoising_cost,
     own_generator,
-    signal,
 )
 from toreq.systems.difftoreqprop_sampling import Anneal, Conveyor, Known, stream
 
@@ -71,8 +82,12 @@ class DiffTorEqProp(System):
         """
 
     @abstractmethod
-    def views(self) -> list[nn.Module]:
-        """Freshly drawn linear maps from the input to each hidden node."""
+    def views(self, channels: int) -> list[nn.Module]:
+        """Freshly drawn linear maps from the input to each hidden node.
+
+        Args:
+            channels: those of what they see: the input's, or twice as many where it comes with the filtered one.
+        """
 
     def build(
         self,
@@ -117,7 +132,8 @@ class DiffTorEqProp(System):
         chain, steep = ["v", *names, "y"], [own, *slopes, top]
         begin = 0.0 if direct else 1.0  # where all passes the visible node, it has to see something from the start
         couplings: list[Coupling] = [Drive("v", Clamp(self.input_shape, clamp, noise, levels, begin))]
-        views = self.views() if direct else [None] * len(names)
+        seen = self.input_shape[0] * (2 if levels else 1)
+        views = self.views(seen) if direct else [None] * len(names)
         for n, shape, slope, view in zip(names, shapes, slopes, views, strict=True):
             couplings.append(Drive(n, Offset(shape, slope, levels, view)))
         couplings.append(Drive("y", LabelClamp(self.num_classes, top)))
@@ -127,7 +143,10 @@ class DiffTorEqProp(System):
                 control_norm(op, joint / math.sqrt(low * high))
             couplings.append(Bilinear(op, a, b))
         solver = Anderson(length=3) if solver is None else solver
-        self.equilibrium = Equilibrium(Energy(nodes, couplings), solver, estimator, ("y", "v"))
+        energy = Energy(nodes, couplings)
+        if levels:
+            energy.prepare = LinearFilter(self.input_shape)
+        self.equilibrium = Equilibrium(energy, solver, estimator, ("y", "v"))
         self.head = nn.Identity()
         self.generator = own_generator()
         self._clean: Tensor | None = None
@@ -147,11 +166,31 @@ class DiffTorEqProp(System):
             raise ConfigError(f"{where}: expected denoising >= 0, got {denoising}; 0 turns it off")
         if len(span) != 2 or not 0 < span[0] < span[1]:
             raise ConfigError(
-                f"{where}: expected span (low, high) with 0 < low < high, got {tuple(span)}; try (0.02, 2)"
+                f"{where}: expected span (low, high) with 0 < low < high, got {tuple(span)}; try (0.02, 4)"
             )
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_clean": None}
+
+    @property
+    def filter(self) -> LinearFilter | None:
+        """The linear filter that every input passes first; None without denoising."""
+        found = self.equilibrium.dynamics.prepare
+        return found if isinstance(found, LinearFilter) else None
+
+    def observe(self, x: Tensor) -> None:
+        """Fit the linear filter to training inputs; nothing to do without denoising."""
+        if self.filter is not None:
+            self.filter.observe(x)
+
+    def standardize(self, how: Standardize) -> None:
+        """Refused where the network denoises, which has mean and covariance from :meth:`observe`."""
+        if self.denoising > 0:
+            raise ConfigError(
+                f"{type(self).__name__}.standardize: expected a system with denoising=0, got {self.denoising:g}, which "
+                "filters its inputs by their own moments; leave it (or --normalize) out"
+            )
+        super().standardize(how)
 
     def forward(self, x: Tensor | Seen) -> Tensor:
         """Logits ``(B, num_classes)``, the label node at equilibrium.
@@ -166,20 +205,21 @@ class DiffTorEqProp(System):
     def denoise(self, x: Tensor | Seen) -> Tensor:
         r"""The input without its noise, ``(B, *input_shape)``.
 
-        Where the noise level s is not known, this is the visible node at equilibrium. Where it is, v is read as what
-        the best scalar filter misses, :math:`c\,x + \sqrt{1 - c}\,v` with :math:`c = 1/(1 + (s/0.3)^2)`: little noise
-        leaves the input as it is, and behind much noise v stands alone (the preconditioning of Karras et al. 2022).
+        Where the noise level s is known, the visible node says what the best linear filter
+        (:class:`~toreq.systems.difftoreqprop_filter.LinearFilter`) misses, in units of what that leaves:
+        :math:`\mu + W_s(x) + (r_s/0.3)\,v` (the preconditioning of Karras et al. 2022, with a matrix in the place of
+        their number). Where it is not known, v itself is the image, about the mean. Without ``denoising`` in the
+        system, v is all.
 
         Args:
             x: as in :meth:`forward`.
         """
         seen = Seen.of(x)
         self.check_input(seen.x)
-        v = self.equilibrium(x)["v"]
-        if seen.level is None or self.denoising == 0:
-            return v
-        share = among(signal(seen.level.to(v.dtype)), v)
-        return share * seen.x + (1 - share).sqrt() * v
+        if self.filter is None:
+            return self.equilibrium(seen)["v"]
+        seen = self.filter(seen)
+        return self.filter.restored(seen, self.equilibrium(seen)["v"])
 
     def criterion(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean cross entropy; with ``denoising`` in training also that many times
@@ -192,7 +232,12 @@ class DiffTorEqProp(System):
 
     def denoising_cost(self, x: Tensor, y: Tensor) -> Tensor:
         """The weighted squared error of denoising a batch whose noise is drawn here."""
-        return denoising_cost(self.denoise, x, y, self.span, self.generator)
+        if self.filter is None:
+            raise ConfigError(
+                "DiffTorEqProp.denoising_cost: expected a system built with denoising > 0, got a classifier only; "
+                "create it with denoising=1"
+            )
+        return denoising_cost(self.denoise, self.filter.left, x, y, self.span, self.generator)
 
     @torch.no_grad()
     def energy(self, x: Tensor | Seen) -> Tensor:
@@ -206,7 +251,9 @@ class DiffTorEqProp(System):
         bindings = detached(dynamics.bind(x))
         found = layer.free_phase(bindings)
         clamp = next(c.module for _, c in dynamics.terms() if isinstance(c, Drive) and isinstance(c.module, Clamp))
-        return dynamics(found.state, bindings) + 0.5 * clamp.strength * seen.x.square().flatten(1).sum(1)
+        pulling = seen.x if self.filter is None else self.filter(seen).filtered
+        assert pulling is not None
+        return dynamics(found.state, bindings) + 0.5 * clamp.strength * pulling.square().flatten(1).sum(1)
 
     def conveyor(
         self,
@@ -223,7 +270,7 @@ class DiffTorEqProp(System):
         Raises:
             ConfigError: for a system that was not built to denoise, or labels of another length.
         """
-        if self.denoising == 0:
+        if self.filter is None:
             raise ConfigError(
                 "DiffTorEqProp.sample: expected a system built with denoising > 0, got a classifier only; create and "
                 "train it with denoising=1"
@@ -252,6 +299,7 @@ class DiffTorEqProp(System):
             None if labels is None else _batches(labels, batch),
             known,
             -(-count // batch),
+            self.filter.drawn,
         )
 
     @torch.no_grad()

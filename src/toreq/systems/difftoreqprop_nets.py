@@ -51,7 +51,7 @@ class DiffMLP(DiffTorEqProp):
         visible: str = "identity",
         noise: float | None = None,
         denoising: float = 0.0,
-        span: tuple[float, float] = (0.02, 2.0),
+        span: tuple[float, float] = (0.02, 4.0),
         direct: bool = True,
         lift: float | None = None,
         gain: float | None = None,
@@ -83,8 +83,8 @@ class DiffMLP(DiffTorEqProp):
         shapes = [self.input_shape, *((w,) for w in self.hidden)]
         return [Dense(a, b, scale=scale / math.sqrt(math.prod(a))) for a, b in pairwise(shapes)]
 
-    def views(self) -> list[nn.Module]:
-        inputs = math.prod(self.input_shape)
+    def views(self, channels: int) -> list[nn.Module]:
+        inputs = channels * math.prod(self.input_shape[1:])
         return [nn.Sequential(nn.Flatten(), nn.Linear(inputs, w, bias=False)) for w in self.hidden]
 
     def feedforward(self) -> nn.Module:
@@ -97,13 +97,15 @@ class DiffMLP(DiffTorEqProp):
 
 
 class DiffConv(DiffTorEqProp):
-    """Convolutional hidden layers above the visible node; see :class:`~toreq.systems.difftoreqprop.DiffTorEqProp`.
+    """Convolutional hidden layers above the visible node, and dense ones above these; see
+    :class:`~toreq.systems.difftoreqprop.DiffTorEqProp`.
 
     Args:
         input_shape: ``(C, H, W)``.
         num_classes: number of classes.
         solver, estimator: override the shipped ones.
-        channels: filters of each hidden layer.
+        channels: filters of each convolutional hidden layer.
+        dense: widths of the dense hidden layers above, which see the whole image at once.
         kernel: side of every kernel.
         stride: stride of every convolution.
         padding: zero padding of every convolution.
@@ -119,6 +121,7 @@ class DiffConv(DiffTorEqProp):
         estimator: Estimator | None = None,
         *,
         channels: Sequence[int] = (32, 64),
+        dense: Sequence[int] = (),
         kernel: int = 5,
         stride: int = 2,
         padding: int = 2,
@@ -126,7 +129,7 @@ class DiffConv(DiffTorEqProp):
         visible: str = "identity",
         noise: float | None = None,
         denoising: float = 0.0,
-        span: tuple[float, float] = (0.02, 2.0),
+        span: tuple[float, float] = (0.02, 4.0),
         direct: bool = True,
         lift: float | None = None,
         gain: float | None = None,
@@ -137,12 +140,12 @@ class DiffConv(DiffTorEqProp):
         super().__init__(input_shape, num_classes)
         if len(self.input_shape) != 3:
             raise ConfigError(f"DiffConv: expected input_shape (C, H, W), got {self.input_shape}; use arch='mlp'")
-        if not channels or any(c < 1 for c in channels) or kernel < 1 or stride < 1:
+        if not channels or any(c < 1 for c in (*channels, *dense)) or kernel < 1 or stride < 1:
             raise ConfigError(
-                f"DiffConv: expected positive channels, kernel and stride, got {tuple(channels)}, {kernel}, {stride}; "
-                "e.g. channels=(32, 64), kernel=5, stride=2"
+                f"DiffConv: expected positive channels, widths, kernel and stride, got {tuple(channels)}, "
+                f"{tuple(dense)}, {kernel}, {stride}; e.g. channels=(32, 64), dense=(), kernel=5, stride=2"
             )
-        self.channels, self.geometry = tuple(channels), (kernel, stride, padding)
+        self.channels, self.dense, self.geometry = tuple(channels), tuple(dense), (kernel, stride, padding)
         self.build(
             solver,
             estimator,
@@ -167,17 +170,22 @@ class DiffConv(DiffTorEqProp):
         for c in self.channels:
             ops.append(Conv(shape, c, *self.geometry, scale=scale / math.sqrt(shape[0] * kernel * kernel)))
             shape = ops[-1].out_shape
+        for w in self.dense:
+            ops.append(Dense(shape, w, scale=scale / math.sqrt(math.prod(shape))))
+            shape = (w,)
         return ops
 
-    def views(self) -> list[nn.Module]:
-        """One convolution each, of the pixels that a unit would see through the layers below it."""
+    def views(self, channels: int) -> list[nn.Module]:
+        """For a convolutional layer one convolution of the pixels that a unit would see through the layers below it;
+        dense layers see all pixels."""
         kernel, stride, padding = self.geometry
         found: list[nn.Module] = []
         field, step, edge = 1, 1, 0
         for c in self.channels:
             field, edge, step = field + (kernel - 1) * step, edge + padding * step, step * stride
-            found.append(nn.Conv2d(self.input_shape[0], c, field, step, edge, bias=False))
-        return found
+            found.append(nn.Conv2d(channels, c, field, step, edge, bias=False))
+        inputs = channels * math.prod(self.input_shape[1:])
+        return [*found, *(nn.Sequential(nn.Flatten(), nn.Linear(inputs, w, bias=False)) for w in self.dense)]
 
     def feedforward(self) -> nn.Module:
         """The same convolutions, feed-forward, with tanh."""
@@ -186,7 +194,10 @@ class DiffConv(DiffTorEqProp):
         for c in self.channels:
             layers += [nn.Conv2d(shape[0], c, *self.geometry), nn.Tanh()]
             shape = Conv(shape, c, *self.geometry).out_shape
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(math.prod(shape), self.num_classes))
+        layers.append(nn.Flatten())
+        for a, b in pairwise([math.prod(shape), *self.dense]):
+            layers += [nn.Linear(a, b), nn.Tanh()]
+        return nn.Sequential(*layers, nn.Linear([math.prod(shape), *self.dense][-1], self.num_classes))
 
 
 ARCHITECTURES: dict[str, type[System]] = {"mlp": DiffMLP, "conv": DiffConv}

@@ -15,8 +15,10 @@ DEVIATION = 0.3
 """Standard deviation that the data are taken to have where noise is weighed against them; that of MNIST is 0.31."""
 UNLABELLED, UNLEVELLED = 0.5, 0.2
 """Share of the examples that are denoised without their class, and of the batches without their noise levels."""
-FLOOR = 0.003
+FLOOR = 0.0005
 """Least mean square per pixel by which errors of denoising are divided: less noise is not worth its removal."""
+BLIND = 100.0
+"""Deviation at which a filter leaves all of the data's variance."""
 CERTAIN = 30.0
 """Logit that a given class adds to its unit of the label node."""
 
@@ -29,11 +31,14 @@ class Seen:
         x: inputs ``(B, *input_shape)``.
         level: standard deviation of the noise in x per example ``(B,)``, above 0; None where it is not known.
         labels: classes that the label node is clamped to, ``(B,)`` int64, -1 for none; None for none at all.
+        filtered: x without the noise that a linear filter removes, of its shape; set by the network, which then has
+            taken the data's mean out of both.
     """
 
     x: Tensor
     level: Tensor | None = None
     labels: Tensor | None = None
+    filtered: Tensor | None = None
 
     @staticmethod
     def of(x: Tensor | Seen) -> Seen:
@@ -64,14 +69,20 @@ def signal(level: Tensor) -> Tensor:
 
 
 def denoising_cost(
-    denoise: Callable[[Seen], Tensor], x: Tensor, y: Tensor, span: tuple[float, float], generator: torch.Generator
+    denoise: Callable[[Seen], Tensor],
+    left: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    span: tuple[float, float],
+    generator: torch.Generator,
 ) -> Tensor:
-    r"""Mean of :math:`\tfrac12\|D(x + s\xi) - x\|^2/(c\,s^2 + 0.003)` per pixel, s drawn log-uniformly from ``span``.
+    r"""Mean of :math:`\tfrac12\|D(x + s\xi) - x\|^2/(r_s^2 + 0.0005)` per pixel, s drawn log-uniformly from ``span``.
 
-    :math:`c\,s^2`, with c from :func:`signal`, is what the best scalar filter leaves of the noise.
+    Where the level is not told, errors are divided by the data's variance in the place of :math:`r_s^2`.
 
     Args:
         denoise: D, of the shape of its input.
+        left: :math:`r_s^2`, what the best linear filter leaves of noise of deviation s, ``(B,) -> (B,)``.
         x: clean inputs ``(B, ...)``.
         y: their classes ``(B,)``, of which some are told.
         span: smallest and largest deviation of the noise.
@@ -84,15 +95,17 @@ def denoising_cost(
     known = float(torch.rand((), generator=generator)) >= UNLEVELLED
     seen = Seen(x + among(level, x) * drawn_like(x, generator), level if known else None, labels)
     error = (denoise(seen) - x).square().flatten(1).mean(1)
-    return 0.5 * (error / (signal(level) * level.square() + FLOOR)).mean()
+    # who is not told the level cannot come near the filter that is: errors then count as parts of the data's variance
+    scale = left(level) if known else left(torch.full_like(level, BLIND))
+    return 0.5 * (error / (scale + FLOOR)).mean()
 
 
 class Clamp(nn.Module):
     r"""The pull :math:`\kappa\,(c\,x + s\,\xi) + b` on the visible node.
 
     In training :math:`\xi\sim N(0, 1)` is drawn once per relaxation, which so has an energy of its own; s is learned by
-    the contrast of :math:`\kappa\langle\xi, v\rangle`. Where the noise level of x is known, c is a learned function of
-    it, :math:`\sqrt{\mathrm{signal}}` times a gain that begins at ``begin``; 1 otherwise.
+    the contrast of :math:`\kappa\langle\xi, v\rangle`. Where the noise level of x is known, x is filtered and c a
+    learned function of the level that begins at ``begin``; 1 otherwise.
 
     Args:
         shape: of one example.
@@ -114,9 +127,9 @@ class Clamp(nn.Module):
 
     def forward(self, given: Tensor | Seen) -> Tensor:
         seen = Seen.of(given)
-        x = seen.x
+        x = seen.x if seen.filtered is None else seen.filtered
         if self.trust is not None and seen.level is not None:
-            x = x * among(signal(seen.level.to(x.dtype)).sqrt() * (self.begin + self.trust(seen.level)[:, 0]), x)
+            x = x * among(self.begin + self.trust(seen.level)[:, 0], x)
         if self.log_noise is not None and self.training:
             x = x + self.log_noise.exp() * drawn_like(x, self.generator)
         return self.strength * x + self.bias
@@ -144,9 +157,9 @@ class Offset(nn.Module):
         shape: of one example; an image's feature is a channel, a vector's a unit.
         slope: of the node's activation.
         levels: whether noise levels are made use of.
-        view: a linear map of the input to the node, ``(B, *input_shape) -> (B, *shape)``; None where the input reaches
-            the node by the visible one alone. Where the noise level is known, it sees the input brought back to the
-            data's size.
+        view: a linear map of the input to the node; None where the input reaches the node by the visible one alone.
+            With ``levels`` it sees the filtered input and the input as it is, both brought to unit deviation, as
+            channels side by side.
     """
 
     def __init__(self, shape: Sequence[int], slope: float, levels: bool, view: nn.Module | None = None) -> None:
@@ -161,11 +174,19 @@ class Offset(nn.Module):
         x, value = seen.x, self.value.expand(seen.x.shape[0], -1)
         if self.level is not None and seen.level is not None:
             value = value + self.level(seen.level)
-            x = x * among(signal(seen.level.to(x.dtype)).sqrt(), x)
         out = value.view(*value.shape, *(1 for _ in self.shape[1:])).expand(-1, *self.shape)
         if self.view is not None:
-            out = out + self.view(x)
+            out = out + self.view(x if seen.filtered is None else views(seen))
         return out / self.slope
+
+
+def views(seen: Seen) -> Tensor:
+    """The filtered input and the input as it is, brought to about unit deviation, as channels ``(B, 2 C, ...)``."""
+    assert seen.filtered is not None
+    raw = seen.x
+    if seen.level is not None:
+        raw = raw * among(signal(seen.level.to(raw.dtype)).sqrt(), raw)
+    return torch.cat([seen.filtered, raw], 1) / DEVIATION
 
 
 class LabelClamp(nn.Module):

@@ -100,6 +100,8 @@ class Conveyor:
         labels: called with the number of the batch, gives its classes ``(batch,)`` int64; None for none.
         known: what is given of every input.
         limit: batches to draw; None for no end.
+        begin: ``(count, generator) -> (count, *shape)``, inputs about which chains begin, such as draws from a Gaussian
+            law; 0 when None, which only a highest level far above the data's deviation forgets.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Conveyor:
         labels: Callable[[int], Tensor] | None = None,
         known: Known | None = None,
         limit: int | None = None,
+        begin: Callable[[int, torch.Generator], Tensor] | None = None,
     ) -> None:
         if batch < 1:
             raise ConfigError(f"Conveyor: expected batch >= 1, got {batch}; it is the number of chains in a slot")
@@ -123,7 +126,7 @@ class Conveyor:
                 f"Conveyor: expected known values of {self.shape} or {(batch, *self.shape)}, got "
                 f"{tuple(known.x.shape)}; give one input for all chains, or one for each chain of a batch"
             )
-        self.generator, self.labels, self.known = generator, labels, known
+        self.generator, self.labels, self.known, self.begin = generator, labels, known, begin
         count = anneal.levels
         self.x = torch.zeros(count, batch, *self.shape, device=device, dtype=dtype)
         self.classes = torch.full((count, batch), -1, dtype=torch.int64, device=device)
@@ -173,6 +176,8 @@ class Conveyor:
     def _load(self) -> None:
         i = self.head
         self.x[i] = self.anneal.high * self._noise(self.x[i])
+        if self.begin is not None:
+            self.x[i] += self.begin(self.batch, self.generator)
         if self.labels is not None:
             self.classes[i] = self.labels(self.started).to(self.classes.device)
         self.x[i] = self._given(self.x[i][None], self.table[:1])[0]

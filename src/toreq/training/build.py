@@ -25,8 +25,9 @@ def build(config: TrainConfig, input_shape: Sequence[int], num_classes: int, ima
 
     In `config.set`, `solver` and `estimator` name one, `settings` is `exact` or `fast`, `solver.tolerance` (or any
     field of either) changes the one in place, and every other key is an option of the system. The side `bp-eq` trains
-    by the implicit gradient. With `normalize` inputs are standardised as `images` are; without these, by numbers that
-    a checkpoint is to replace. Raises `ConfigError` for an unknown name, with the nearest valid one.
+    by the implicit gradient. The system observes `images`, and with `normalize` inputs are standardised as they are;
+    without them, by numbers that a checkpoint is to replace. Raises `ConfigError` for an unknown name, with the nearest
+    valid one.
     """
     parts: dict[str, Any] = {}
     options: dict[str, Any] = {}
@@ -49,6 +50,8 @@ def build(config: TrainConfig, input_shape: Sequence[int], num_classes: int, ima
     for part, name, value in fields:
         for layer in equilibria(net):
             setattr(layer, part, _replaced(getattr(layer, part), part, name, value))
+    if images is not None:
+        net.observe(images)
     if config.normalize:
         channels = input_shape[0] if len(input_shape) == 3 else 1
         net.standardize(Standardize([0.0] * channels, [1.0] * channels) if images is None else Standardize.of(images))
@@ -70,7 +73,7 @@ def trained_module(net: System, config: TrainConfig) -> nn.Module:
     if config.side != "bp-ff":
         return net
     twin, prepare = net.feedforward(), net.equilibrium.dynamics.prepare
-    return twin if prepare is None else nn.Sequential(prepare, twin)
+    return nn.Sequential(prepare, twin) if isinstance(prepare, Standardize) else twin
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

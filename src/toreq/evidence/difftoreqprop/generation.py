@@ -25,7 +25,7 @@ from toreq.systems import Anneal, DiffTorEqProp
 
 OWN, EQ, PLAIN, AUTO, REAL = "difftoreqprop", "bp-eq", "bp denoiser", "vae", "test images"
 SIDES = {
-    OWN: "convolutions above a visible node that settles, by centered EqProp",
+    OWN: "a convolution and a dense layer above a visible node that settles, by centered EqProp",
     EQ: "the same energy by the implicit gradient",
     PLAIN: "a feed-forward denoiser of about as many parameters by backprop, on the same ring of noise levels",
     AUTO: "a variational autoencoder of about as many parameters",
@@ -39,7 +39,7 @@ SHARE = 0.02
 @dataclass(frozen=True)
 class Size:
     """What a budget buys: training images, epochs and their batch, Adam's rate, images tested, samples drawn, noise
-    levels, chains in a slot, and the widths of the sides."""
+    levels, chains in a slot, channels and width of the denoisers, and the autoencoder's sizes."""
 
     train: int
     epochs: float
@@ -49,15 +49,15 @@ class Size:
     samples: int
     levels: int
     slot: int
-    own: tuple[int, int]
-    plain: tuple[int, int]
-    auto: tuple[tuple[int, int], int]
+    channels: int
+    width: int
+    auto: tuple[tuple[int, int], int, int]
 
 
 SIZES = {
-    "smoke": Size(32, 1.0, 16, 1e-2, 24, 24, 3, 12, (2, 3), (2, 3), ((2, 3), 2)),
-    "quick": Size(10_000, 1.0, 64, 3e-3, 1000, 500, 25, 100, (16, 32), (16, 28), ((8, 12), 8)),
-    "full": Size(60_000, 2.0, 64, 3e-3, 10_000, 10_000, 25, 100, (16, 32), (16, 28), ((8, 12), 8)),
+    "smoke": Size(32, 1.0, 16, 1e-2, 24, 24, 3, 12, 2, 3, ((2, 3), 3, 2)),
+    "quick": Size(10_000, 2.0, 128, 2e-3, 1000, 500, 25, 100, 16, 256, ((16, 32), 256, 16)),
+    "full": Size(60_000, 6.0, 128, 2e-3, 10_000, 10_000, 50, 100, 24, 512, ((32, 64), 512, 16)),
 }
 
 
@@ -65,9 +65,12 @@ def build(side: str, trial: Trial, size: Size) -> nn.Module:
     """The untrained network of a side."""
     if side in (OWN, EQ):
         how: dict[str, Any] = {"estimator": Implicit(tolerance=1e-2)} if side == EQ else {}
-        return nets.build(trial.seed, arch="conv", channels=size.own, denoising=1.0, span=SPAN, settings="fast", **how)
+        return nets.build(
+            trial.seed, arch="conv", channels=(size.channels,), dense=(size.width,), denoising=1.0, span=SPAN,
+            settings="fast", **how,
+        )  # fmt: skip
     torch.manual_seed(trial.seed)
-    return PlainDenoiser(size.plain) if side == PLAIN else VAE(*size.auto)
+    return PlainDenoiser(size.channels, size.width) if side == PLAIN else VAE(*size.auto)
 
 
 @functools.lru_cache(maxsize=2)
@@ -93,6 +96,8 @@ def run(trial: Trial) -> Outcome:
     if trial.side == REAL:
         return _real(data, size)
     net = build(trial.side, trial, size).to(trial.device)
+    if isinstance(net, PlainDenoiser):
+        net.observe(data.inputs("train", slice(None)))
     plan = Plan(size.epochs, size.rate, size.batch, tests=1, tested=min(500, size.test), clip=5.0)
     done = nets.fit(net, data, plan, trial.seed, trial.scratch)
     started = time.process_time()
@@ -172,13 +177,14 @@ CLAIM = Claim(
                   words="without extra parameters", beside=(EQ, PLAIN, AUTO)),
     ),
     protocol=f"""
-    MNIST ({SIZES["full"].train:,} images, {SIZES["full"].epochs:g} epochs; quick: {SIZES["quick"].train:,}, one epoch),
-    batches of {SIZES["full"].batch}, Adam at {SIZES["full"].rate:g} with a half cosine. Denoisers learn to remove
-    Gaussian noise of {SPAN[0]} to {SPAN[1]}, drawn log-uniformly, half of the time without the class, a fifth without
-    the level, and
-    beside it the classes of clean images; the autoencoder maximises its bound beside the same classification. Samples
+    MNIST ({SIZES["full"].train:,} images, {SIZES["full"].epochs:g} epochs; quick: {SIZES["quick"].train:,}, two),
+    batches of {SIZES["full"].batch}, Adam at {SIZES["full"].rate:g} with a half cosine. Denoisers have the images' mean
+    and covariance and learn what the best linear filter misses of Gaussian noise of {SPAN[0]} to {SPAN[1]}, drawn
+    log-uniformly, half of the time without the class, a fifth without the level, and beside it the classes of clean
+    images; the autoencoder maximises its bound beside the same classification. Samples
     ({SIZES["full"].samples:,}; quick: {SIZES["quick"].samples}) come from one ring of {SIZES["full"].levels} noise
-    levels, geometric, all noise fresh (eta 1), clipped to [0, 1]. The distance is the squared Frechet distance of the
+    levels (quick: {SIZES["quick"].levels}), geometric, all noise fresh (eta 1), clipped to [0, 1]; chains begin with
+    noise about draws of the Gaussian law of that mean and covariance. The distance is the squared Frechet distance of the
     features of a small fixed network (scripts/digit_features.py; 98.8% of the test images right) from the training
     images; its scale is its own, and not that of Inception features, of which the seed speaks. As many test images give
     the floor. A class counts with {100 * SHARE:g}% of the samples. Class-conditional samples clamp the label node. The

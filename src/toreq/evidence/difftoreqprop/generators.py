@@ -13,19 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toreq.systems import Anneal
-from toreq.systems.difftoreqprop_parts import (
-    DEVIATION,
-    LevelFeatures,
-    Seen,
-    among,
-    denoising_cost,
-    drawn_like,
-    own_generator,
-    signal,
-)
+from toreq.systems.difftoreqprop_filter import LinearFilter
+from toreq.systems.difftoreqprop_parts import LevelFeatures, Seen, denoising_cost, drawn_like, own_generator, views
 from toreq.systems.difftoreqprop_sampling import Conveyor, stream
 
-SPAN = (0.02, 2.0)
+SPAN = (0.02, 4.0)
 CLASSES = 10
 
 
@@ -40,52 +32,55 @@ def _doubled(inputs: int, outputs: int) -> nn.ConvTranspose2d:
 class PlainDenoiser(nn.Module):
     r"""A feed-forward denoiser of 28 x 28 pixels that is told the noise level and perhaps the class.
 
-    Two strided convolutions and two transposed ones with a skip between, conditioned by an offset of every channel,
-    preconditioned as in Karras et al. (2022): :math:`D = c\,x + s\sqrt c\,F(\sqrt c\,x)`, c the share of the data in
-    the variance.
+    A strided convolution and its transpose, and between them a dense layer that sees the whole image; conditioned by
+    offsets, behind the same linear filter and with the same inputs as DiffTorEqProp:
+    :math:`D = \mu + W_s(x) + (r_s/0.3)\,F`.
 
     Args:
-        channels: of the two convolutions.
+        channels: of the convolution.
+        width: of the dense layer.
         span: of the noise in training.
     """
 
-    def __init__(self, channels: tuple[int, int] = (28, 52), span: tuple[float, float] = SPAN) -> None:
+    def __init__(self, channels: int = 24, width: int = 512, span: tuple[float, float] = SPAN) -> None:
         super().__init__()
-        first, second = channels
-        self.span = span
-        self.down = nn.ModuleList([_halved(1, first), _halved(first, second)])
-        self.up = nn.ModuleList([_doubled(second, first), _doubled(first, 1)])
-        self.levels = nn.ModuleList([LevelFeatures(first), LevelFeatures(second)])
-        self.names = nn.Embedding(CLASSES + 1, second)
-        self.head = nn.Linear(49 * second, CLASSES)
+        self.channels, self.span = channels, span
+        self.filter = LinearFilter((1, 28, 28))
+        self.down, self.up = _halved(2, channels), _doubled(channels, 1)
+        self.see, self.rise = nn.Linear(2 * 784, width), nn.Linear(196 * channels, width)
+        self.fall = nn.Linear(width, 196 * channels)
+        self.levels = nn.ModuleList([LevelFeatures(channels), LevelFeatures(width)])
+        self.names = nn.Embedding(CLASSES + 1, width)
+        self.head = nn.Linear(width, CLASSES)
         self.generator = own_generator()
         self._clean: Tensor | None = None
 
-    def _encoded(self, x: Tensor, level: Tensor | None, labels: Tensor | None) -> list[Tensor]:
-        found = []
-        for conv, features in zip(self.down, self.levels, strict=True):
-            x = conv(x)
-            if level is not None:
-                x = x + features(level)[:, :, None, None]
-            if labels is not None and len(found) == 1:
-                x = x + self.names(labels + 1)[:, :, None, None]
-            x = F.silu(x)
-            found.append(x)
-        return found
+    def observe(self, x: Tensor) -> None:
+        """Fit the filter to training images."""
+        self.filter.observe(x)
 
-    def denoise(self, seen: Seen) -> Tensor:
+    def _encoded(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """Channels ``(B, C, 14, 14)`` and the dense layer ``(B, W)``."""
+        both = views(seen)
+        low, high = self.down(both), self.see(both.flatten(1))
+        if seen.level is not None:
+            low = low + self.levels[0](seen.level)[:, :, None, None]
+            high = high + self.levels[1](seen.level)
+        if seen.labels is not None:
+            high = high + self.names(seen.labels + 1)
+        low = F.silu(low)
+        return low, F.silu(high + self.rise(low.flatten(1)))
+
+    def denoise(self, given: Seen) -> Tensor:
         """The denoised images, of the shape of the input."""
-        x = seen.x
-        level = x.new_full((len(x),), DEVIATION) if seen.level is None else seen.level
-        share = among(signal(level), x)
-        low, high = self._encoded(share.sqrt() * x, seen.level, seen.labels)
-        out = self.up[1](F.silu(self.up[0](high)) + low)
-        return share * x + among(level, x) * share.sqrt() * out
+        seen = self.filter(given)
+        low, high = self._encoded(seen)
+        return self.filter.restored(seen, self.up(low + F.silu(self.fall(high)).view_as(low)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, 10)`` of images ``(B, 1, 28, 28)``."""
         self._clean = x if self.training else None
-        return self.head(self._encoded(x, None, None)[1].flatten(1))
+        return self.head(self._encoded(self.filter(x))[1])
 
     def criterion(self, logits: Tensor, y: Tensor) -> Tensor:
         """Cross entropy; in training also the denoising cost of the latest batch."""
@@ -93,7 +88,7 @@ class PlainDenoiser(nn.Module):
         x, self._clean = self._clean, None
         if x is None or len(x) != len(y):
             return total
-        return total + denoising_cost(self.denoise, x, y, self.span, self.generator)
+        return total + denoising_cost(self.denoise, self.filter.left, x, y, self.span, self.generator)
 
     @torch.no_grad()
     def sample(
@@ -105,7 +100,7 @@ class PlainDenoiser(nn.Module):
         given: Callable[[int], Tensor] | None = None if padded is None else (lambda i: padded[i])
         ring = Conveyor(
             lambda x, level, names: self.denoise(Seen(x, level, names)), (1, 28, 28), batch, anneal, generator,
-            first.device, first.dtype, given, None, -(-count // batch),
+            first.device, first.dtype, given, None, -(-count // batch), self.filter.drawn,
         )  # fmt: skip
         return torch.cat(list(stream(ring)))[:count]
 
@@ -117,18 +112,22 @@ class VAE(nn.Module):
 
     Args:
         channels: of the encoder's convolutions, and of the decoder's in reverse.
+        width: of a dense layer between convolutions and code, on both ways.
         code: dimensions of the code.
     """
 
-    def __init__(self, channels: tuple[int, int] = (16, 32), code: int = 16) -> None:
+    def __init__(self, channels: tuple[int, int] = (32, 64), width: int = 512, code: int = 16) -> None:
         super().__init__()
         first, second = channels
         self.second, self.code = second, code
-        self.encoder = nn.Sequential(_halved(1, first), nn.SiLU(), _halved(first, second), nn.SiLU(), nn.Flatten())
-        self.moments = nn.Linear(49 * second, 2 * code)
-        self.decode_in = nn.Linear(code + CLASSES, 49 * second)
+        self.encoder = nn.Sequential(
+            _halved(1, first), nn.SiLU(), _halved(first, second), nn.SiLU(), nn.Flatten(),
+            nn.Linear(49 * second, width), nn.SiLU(),
+        )  # fmt: skip
+        self.moments = nn.Linear(width, 2 * code)
+        self.decode_in = nn.Sequential(nn.Linear(code + CLASSES, width), nn.SiLU(), nn.Linear(width, 49 * second))
         self.decoder = nn.Sequential(nn.SiLU(), _doubled(second, first), nn.SiLU(), _doubled(first, 1))
-        self.head = nn.Linear(49 * second, CLASSES)
+        self.head = nn.Linear(width, CLASSES)
         self.generator = own_generator()
         self._seen: tuple[Tensor, Tensor] | None = None
 

@@ -72,13 +72,15 @@ def trained(net: DiffTorEqProp, side: str, steps: int, batch: int) -> float:
     """Peak MiB of a training step of the denoiser with a relaxation of exactly so many steps."""
     twin = fixed_steps(net, steps, "unrolled" if side == THROUGH else None).train()
     assert isinstance(twin, DiffTorEqProp)
+    kept = twin.filter
+    assert kept is not None
     g = torch.Generator().manual_seed(0)
     x: Tensor = torch.rand(batch, *nets.SHAPE, generator=g).to(next(twin.parameters()).device)
     y = torch.arange(batch, device=x.device) % nets.CLASSES
 
     def step() -> None:
         with torch.enable_grad():
-            denoising_cost(twin.denoise, x, y, twin.span, g).backward()
+            denoising_cost(twin.denoise, kept.left, x, y, twin.span, g).backward()
         twin.zero_grad(set_to_none=True)
 
     step()

@@ -73,7 +73,10 @@ class Trained:
 
 
 def fit(net: nn.Module, data: Dataset, plan: fitting.Plan, seed: int, scratch: Path | None = None) -> Trained:
-    """Train a network in place; see :func:`toreq.evidence.tpeqprop.fitting.fit`."""
+    """Train a network in place, which observes the training images first; see
+    :func:`toreq.evidence.tpeqprop.fitting.fit`."""
+    if isinstance(net, systems.System):
+        net.observe(data.inputs("train", slice(None)))
     return Trained(net, data, fitting.fit(quiet(net), data, plan, seed=seed, scratch=scratch))
 
 
