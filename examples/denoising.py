@@ -43,6 +43,7 @@ def main(
 
     # --8<-- [start:train]
     net = systems.create("difftoreqprop", (1, 28, 28), 10, hidden=(hidden,), denoising=1.0, settings="fast")
+    net.observe(mnist.inputs("train", slice(None)))  # mean and covariance: what is linear is not learned
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     for epoch in range(epochs):
         for x, y in data.Batches(mnist.train_x, mnist.train_y, batch_size=64, seed=seed).epoch(epoch):

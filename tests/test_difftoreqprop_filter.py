@@ -20,6 +20,7 @@ from toreq.systems.difftoreqprop_sampling import Anneal
 from toreq.training import TrainConfig
 
 SHAPE = (1, 8, 8)
+SPAN = (0.02, 4.0)
 EXACT = Anderson(length=5, max_steps=500, tolerance=1e-12)
 
 
@@ -33,7 +34,7 @@ def _data(count: int = 400, shape: tuple[int, ...] = (6,)) -> Tensor:
 
 def _fitted(x: Tensor, components: int = 512) -> tuple[LinearFilter, Tensor]:
     """A filter and the covariance that it should have: shrunk towards a multiple of the identity."""
-    found = LinearFilter(tuple(x.shape[1:]), components).double()
+    found = LinearFilter(tuple(x.shape[1:]), SPAN, components).double()
     found.observe(x)
     sample, p, n = torch.cov(x.flatten(1).T), x[0].numel(), len(x)
     squares, total = (sample @ sample).trace(), sample.trace()
@@ -94,19 +95,35 @@ def test_few_examples_are_trusted_less() -> None:
 
 def test_before_it_has_observed_it_is_the_best_scalar_filter() -> None:
     x, level = _data(3), torch.tensor([0.03, 0.3, 1.2]).double()
-    seen = LinearFilter((6,)).double()(Seen(x, level))
+    seen = LinearFilter((6,), SPAN).double()(Seen(x, level))
     share = 0.09 / (0.09 + level.square())
     assert seen.filtered is not None
     torch.testing.assert_close(seen.filtered, share[:, None] * x)
 
 
-def test_an_unknown_level_is_taken_for_none() -> None:
-    found, _ = _fitted(_data())
-    x = _data(3)
-    seen = found(x)
-    assert seen.filtered is seen.x
-    torch.testing.assert_close(found.restored(seen, torch.ones(3, 6).double()), (found.mean + 1).expand(3, 6))
-    assert found(seen) is seen
+@pytest.mark.parametrize("components", [100, 512])
+def test_an_unknown_level_is_the_most_likely_one(components: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    scales = (-torch.arange(200).double() / 20).exp()  # as of images: noise stands out where the data have no variance
+    turn, _ = torch.linalg.qr(torch.randn(200, 200, generator=g, dtype=torch.float64))
+    x = 0.7 + (torch.randn(5000, 200, generator=g, dtype=torch.float64) * scales) @ turn
+    found, covariance = _fitted(x, components)
+    for s in (0.1, 0.6, 2.0):
+        noisy = x[:50] + s * torch.randn(50, 200, generator=g, dtype=torch.float64)
+        level = found.level(noisy)
+        assert float((level / s - 1).abs().mean()) < 0.2
+        assert found(noisy).level is not None
+        if components == 512:  # the minimum by a fine search, of the law written out
+            values, vectors = torch.linalg.eigh(covariance)
+            parts = ((noisy - x.mean(0)) @ vectors).square()
+            fine = torch.linspace(-3.9, 1.38, 4000, dtype=torch.float64)
+            total = values[:, None] + (2 * fine).exp()
+            best = fine[(total.log().sum(0) + parts @ (1 / total)).argmin(1)].exp()
+            torch.testing.assert_close(level, best, rtol=0.01, atol=0)
+    clean = found.level(x[:50])
+    assert float(clean.max()) < 0.1
+    assert float(clean.min()) >= 0.02 * (1 - 1e-9)
+    assert float(found.level(x[:5] * 1000).max()) <= 4 * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +132,7 @@ def test_an_unknown_level_is_taken_for_none() -> None:
 )
 def test_refusals(wrong: Tensor, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        LinearFilter((6,)).observe(wrong)
+        LinearFilter((6,), SPAN).observe(wrong)
 
 
 def _net(kind: str, **more: Any) -> DiffMLP | DiffConv:

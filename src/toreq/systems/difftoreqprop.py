@@ -145,7 +145,7 @@ class DiffTorEqProp(System):
         solver = Anderson(length=3) if solver is None else solver
         energy = Energy(nodes, couplings)
         if levels:
-            energy.prepare = LinearFilter(self.input_shape)
+            energy.prepare = LinearFilter(self.input_shape, self.span)
         self.equilibrium = Equilibrium(energy, solver, estimator, ("y", "v"))
         self.head = nn.Identity()
         self.generator = own_generator()
@@ -205,11 +205,10 @@ class DiffTorEqProp(System):
     def denoise(self, x: Tensor | Seen) -> Tensor:
         r"""The input without its noise, ``(B, *input_shape)``.
 
-        Where the noise level s is known, the visible node says what the best linear filter
-        (:class:`~toreq.systems.difftoreqprop_filter.LinearFilter`) misses, in units of what that leaves:
-        :math:`\mu + W_s(x) + (r_s/0.3)\,v` (the preconditioning of Karras et al. 2022, with a matrix in the place of
-        their number). Where it is not known, v itself is the image, about the mean. Without ``denoising`` in the
-        system, v is all.
+        The visible node says what the best linear filter
+        (:class:`~toreq.systems.difftoreqprop_filter.LinearFilter`) misses of noise of deviation s, in units of what
+        that leaves: :math:`\mu + W_s(x) + (r_s/0.3)\,v` (the preconditioning of Karras et al. 2022, with a matrix in
+        the place of their number). Where s is not known it is estimated. Without ``denoising``, v is all.
 
         Args:
             x: as in :meth:`forward`.

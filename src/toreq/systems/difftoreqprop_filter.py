@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from toreq.errors import ConfigError
 from toreq.systems.difftoreqprop_parts import DEVIATION, Seen, among
 
+LEVELS = 64
+"""Between which a noise level that is not known is looked for."""
 EXAMPLES = 10_000
 """Of the training inputs, evenly spaced, from which moments are taken."""
 
@@ -37,6 +40,7 @@ class LinearFilter(nn.Module):
 
     Args:
         shape: of one input.
+        span: smallest and largest deviation of the noise.
         components: principal directions that are kept; all others have one variance.
     """
 
@@ -45,10 +49,10 @@ class LinearFilter(nn.Module):
     variances: Tensor
     rest: Tensor
 
-    def __init__(self, shape: tuple[int, ...], components: int = 512) -> None:
+    def __init__(self, shape: tuple[int, ...], span: tuple[float, float], components: int = 512) -> None:
         super().__init__()
         size = torch.Size(shape).numel()
-        self.shape, self.kept = shape, min(components, size)
+        self.shape, self.span, self.kept = shape, span, min(components, size)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("basis", torch.zeros(size, self.kept))
         self.register_buffer("variances", torch.full((self.kept,), DEVIATION**2))
@@ -91,6 +95,30 @@ class LinearFilter(nn.Module):
         total = kept.sum(1) + (len(self.mean) - self.kept) * others[:, 0]
         return level.to(total.dtype).square() * total / len(self.mean)
 
+    def level(self, x: Tensor) -> Tensor:
+        r"""The noise level of inputs ``(B, *shape)`` that is most likely under the Gaussian law, ``(B,)``,
+
+        .. math:: s = \arg\min_s \sum_k \log(\lambda_k + s^2) + \frac{(V^\top(x - \mu))_k^2}{\lambda_k + s^2} ,
+
+        within the span, from a parabola through the best of 64 levels and its neighbours.
+        """
+        low, high = (math.log(s) for s in self.span)
+        log = torch.linspace(low, high, LEVELS, dtype=self.mean.dtype, device=self.mean.device)
+        flat = (x - self.centre()).flatten(1)
+        parts = flat @ self.basis
+        others = len(self.mean) - self.kept
+        variances = self.variances[:, None] + (2 * log).exp()
+        cost = variances.log().sum(0) + parts.square() @ variances.reciprocal()
+        if others:
+            rest = self.rest + (2 * log).exp()
+            beside = (flat.square().sum(1) - parts.square().sum(1)).clamp_min(0)
+            cost = cost + others * rest.log() + beside[:, None] / rest
+        best = cost.argmin(1).clamp(1, LEVELS - 2)
+        before, at, after = (cost.gather(1, (best + i)[:, None])[:, 0] for i in (-1, 0, 1))
+        bend = (before - 2 * at + after).clamp_min(torch.finfo(cost.dtype).tiny)
+        shift = (0.5 * (before - after) / bend).clamp(-1, 1)
+        return (log[best] + shift * (log[1] - log[0])).exp().to(x.dtype)
+
     def centre(self) -> Tensor:
         """The data's mean, of the shape of an input."""
         return self.mean.view(self.shape)
@@ -109,28 +137,27 @@ class LinearFilter(nn.Module):
     def forward(self, given: Tensor | Seen) -> Seen:
         """What a network sees, about the data's mean, with the filtered input beside it.
 
-        Where the level is not known the input is taken as it is: noise of deviation 0.
+        Where the level is not known it is estimated.
         """
         seen = Seen.of(given)
         if seen.filtered is not None:
             return seen
+        level = self.level(seen.x) if seen.level is None else seen.level
         x = seen.x - self.centre()
-        if seen.level is None:
-            return replace(seen, x=x, filtered=x)
-        kept, others = self.gains(seen.level)
+        kept, others = self.gains(level)
         flat = x.flatten(1)
         passed = others * flat + ((flat @ self.basis) * (kept - others)) @ self.basis.T
-        return replace(seen, x=x, filtered=passed.view_as(x))
+        return replace(seen, x=x, level=level, filtered=passed.view_as(x))
 
     def restored(self, seen: Seen, v: Tensor) -> Tensor:
-        r"""The denoised input, :math:`\mu + W_s(x) + (r_s/0.3)\,v` where the level is known, :math:`\mu + v` otherwise.
+        r"""The denoised input, :math:`\mu + W_s(x) + (r_s/0.3)\,v`.
 
         Args:
             seen: from :meth:`forward`.
             v: what the network says, of the shape of its input.
         """
-        if seen.level is None or seen.filtered is None:
-            return self.centre() + v
+        assert seen.level is not None
+        assert seen.filtered is not None
         scale = self.left(seen.level).sqrt() / DEVIATION
         return self.centre() + seen.filtered + among(scale.to(v.dtype), v) * v
 

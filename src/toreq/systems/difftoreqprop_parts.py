@@ -13,12 +13,10 @@ FREQUENCIES = (0.25, 0.5, 1.0, 2.0)
 """Of the features of a noise level, in cycles per factor of e."""
 DEVIATION = 0.3
 """Standard deviation that the data are taken to have where noise is weighed against them; that of MNIST is 0.31."""
-UNLABELLED, UNLEVELLED = 0.5, 0.2
-"""Share of the examples that are denoised without their class, and of the batches without their noise levels."""
+UNLABELLED = 0.5
+"""Share of the examples that are denoised without their class."""
 FLOOR = 0.0005
 """Least mean square per pixel by which errors of denoising are divided: less noise is not worth its removal."""
-BLIND = 100.0
-"""Deviation at which a filter leaves all of the data's variance."""
 CERTAIN = 30.0
 """Logit that a given class adds to its unit of the label node."""
 
@@ -29,7 +27,8 @@ class Seen:
 
     Attributes:
         x: inputs ``(B, *input_shape)``.
-        level: standard deviation of the noise in x per example ``(B,)``, above 0; None where it is not known.
+        level: standard deviation of the noise in x per example ``(B,)``, above 0; None where it is not known: a
+            denoising network then estimates it.
         labels: classes that the label node is clamped to, ``(B,)`` int64, -1 for none; None for none at all.
         filtered: x without the noise that a linear filter removes, of its shape; set by the network, which then has
             taken the data's mean out of both.
@@ -78,8 +77,6 @@ def denoising_cost(
 ) -> Tensor:
     r"""Mean of :math:`\tfrac12\|D(x + s\xi) - x\|^2/(r_s^2 + 0.0005)` per pixel, s drawn log-uniformly from ``span``.
 
-    Where the level is not told, errors are divided by the data's variance in the place of :math:`r_s^2`.
-
     Args:
         denoise: D, of the shape of its input.
         left: :math:`r_s^2`, what the best linear filter leaves of noise of deviation s, ``(B,) -> (B,)``.
@@ -92,12 +89,9 @@ def denoising_cost(
     drawn = torch.rand(2, len(x), generator=generator, dtype=x.dtype).to(x.device)
     level = (low + (high - low) * drawn[0]).exp()
     labels = torch.where(drawn[1] < UNLABELLED, torch.full_like(y, -1), y)
-    known = float(torch.rand((), generator=generator)) >= UNLEVELLED
-    seen = Seen(x + among(level, x) * drawn_like(x, generator), level if known else None, labels)
+    seen = Seen(x + among(level, x) * drawn_like(x, generator), level, labels)
     error = (denoise(seen) - x).square().flatten(1).mean(1)
-    # who is not told the level cannot come near the filter that is: errors then count as parts of the data's variance
-    scale = left(level) if known else left(torch.full_like(level, BLIND))
-    return 0.5 * (error / (scale + FLOOR)).mean()
+    return 0.5 * (error / (left(level) + FLOOR)).mean()
 
 
 class Clamp(nn.Module):

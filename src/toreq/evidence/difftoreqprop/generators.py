@@ -45,7 +45,7 @@ class PlainDenoiser(nn.Module):
     def __init__(self, channels: int = 24, width: int = 512, span: tuple[float, float] = SPAN) -> None:
         super().__init__()
         self.channels, self.span = channels, span
-        self.filter = LinearFilter((1, 28, 28))
+        self.filter = LinearFilter((1, 28, 28), span)
         self.down, self.up = _halved(2, channels), _doubled(channels, 1)
         self.see, self.rise = nn.Linear(2 * 784, width), nn.Linear(196 * channels, width)
         self.fall = nn.Linear(width, 196 * channels)
