@@ -163,7 +163,7 @@ def test_denoising_is_part_of_the_criterion_in_training_alone() -> None:
     net.generator.set_state(state)
     assert total == pytest.approx(plain + 2 * float(net.denoising_cost(x, y).detach()))
     assert total > plain + 0.1
-    assert float(net.criterion(net(x)[:2], y[:2]).detach()) < total, "a part of the batch is not the batch that was seen"
+    assert float(net.criterion(net(x)[:2], y[:2]).detach()) < total, "a part is not the batch that was seen"
 
 
 def test_training_denoises() -> None:
