@@ -175,6 +175,20 @@ DEFECTS: tuple[Defect, ...] = (
     _d("state space: written at a masked token", "core/ssm_state.py", "gate_in, gate_out = gate_in * mask, gate_out * mask", "gate_out = gate_out * mask", "test_tepssr_memory"),
     _d("segments: the ring's weights do not sum to 1", "systems/tepssr_memory.py", "(1 - rho) / (1 - rho**slots)", "1 / (1 - rho**slots)", "test_tepssr_memory"),
     _d("parts: every token in every part", "systems/tepssr_parts.py", "mask[:, None] & (place >= low) & (place < high)", "mask[:, None] & (place < high)", "test_tepssr_parts"),
+    # denoising
+    _d("filter: other directions pass", "systems/difftoreqprop_filter.py", "passed = others * flat +", "passed = flat +", "test_difftoreqprop_filter"),
+    _d("filter: deviation for variance of the noise", "systems/difftoreqprop_filter.py", "noise = level.to(self.variances.dtype).square()[:, None]", "noise = level.to(self.variances.dtype)[:, None]", "test_difftoreqprop_filter"),
+    _d("filter: the level's parabola turned round", "systems/difftoreqprop_filter.py", "0.5 * (before - after) / bend", "0.5 * (after - before) / bend", "test_difftoreqprop_filter"),
+    _d("filter: draws with noise twice in kept directions", "systems/difftoreqprop_filter.py", "b = b - (b @ self.basis) @ self.basis.T", "b = 1 * b", "test_difftoreqprop_filter"),
+    _d("filter: few examples trusted as many", "systems/difftoreqprop_filter.py", "shrunk(variances.clamp_min(0), len(flat)).flip(0)", "variances.clamp_min(0).flip(0)", "test_difftoreqprop_filter"),
+    _d("sampling: too much fresh noise", "systems/difftoreqprop_sampling.py", "u = self.anneal.eta * t * (1 - (t / s).square()).sqrt()", "u = self.anneal.eta * t", "test_difftoreqprop_sampling"),
+    _d("clamp: noise in evaluation", "systems/difftoreqprop_parts.py", "if self.log_noise is not None and self.training:", "if self.log_noise is not None:", "test_difftoreqprop"),
+    _d("clamp: no class is the first class", "systems/difftoreqprop_parts.py", "CERTAIN * hot * named[:, None]", "CERTAIN * hot", "test_difftoreqprop"),
+    _d("denoising: the clamp costs twice", "systems/difftoreqprop.py", "0.5 * clamp.strength * pulling", "clamp.strength * pulling", "test_difftoreqprop"),
+    # gates
+    _d("gated coupling: the way down ungated", "core/gating.py", "parts[self.pre] = below * self.op.adjoint", "parts[self.pre] = self.op.adjoint", "test_htsep"),
+    _d("gated coupling: means and differences swapped", "core/gating.py", "torch.cat([below * m[self.pre], below * d[self.pre]])", "torch.cat([below * d[self.pre], below * m[self.pre]])", "test_htsep"),
+    _d("contexts: closed where they should be open", "systems/htsep_context.py", "((self.radius[name] - self._distance(self.places(name))) / self.edge)", "((self._distance(self.places(name)) - self.radius[name]) / self.edge)", "test_htsep_contexts"),
     _d("settings: fast is exact", "systems/registry.py", 'if settings == "fast":', "if False:", "test_settings"),
 )  # fmt: skip
 
