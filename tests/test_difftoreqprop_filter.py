@@ -171,6 +171,15 @@ def test_a_network_starts_at_the_filter_and_learns_by_exact_gradients(kind: str)
         torch.testing.assert_close(found[n], w, rtol=1e-4, atol=1e-6 * float(w.abs().max()))
 
 
+def test_the_energy_is_that_at_the_estimated_level() -> None:
+    net, x = _net("mlp").eval(), _data(300, SHAPE)
+    net.observe(x)
+    assert net.filter is not None
+    level = net.filter.level(x[:4])
+    torch.testing.assert_close(net.energy(x[:4]), net.energy(Seen(x[:4], level)))
+    assert not torch.allclose(net.energy(x[:4]), net.energy(Seen(x[:4], 3 * level)))
+
+
 def test_chains_begin_about_the_data() -> None:
     net, x = _net("mlp").eval(), 5 + _data(300, SHAPE)
     net.observe(x)

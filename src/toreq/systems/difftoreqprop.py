@@ -244,14 +244,15 @@ class DiffTorEqProp(System):
         :math:`\tfrac\kappa2\|v - x\|^2`: low for inputs that the network expects."""
         seen = Seen.of(x)
         self.check_input(seen.x)
+        if self.filter is not None:
+            seen = self.filter(seen)  # once, for the relaxation and for the clamp
         layer = self.equilibrium
         dynamics = layer.dynamics
         assert isinstance(dynamics, Energy)
-        bindings = detached(dynamics.bind(x))
+        bindings = detached(dynamics.bind(seen))
         found = layer.free_phase(bindings)
         clamp = next(c.module for _, c in dynamics.terms() if isinstance(c, Drive) and isinstance(c.module, Clamp))
-        pulling = seen.x if self.filter is None else self.filter(seen).filtered
-        assert pulling is not None
+        pulling = seen.x if seen.filtered is None else seen.filtered
         return dynamics(found.state, bindings) + 0.5 * clamp.strength * pulling.square().flatten(1).sum(1)
 
     def conveyor(
