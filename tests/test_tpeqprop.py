@@ -297,9 +297,25 @@ def test_predictive_coding_takes_the_cost_at_the_moving_state() -> None:
     torch.testing.assert_close(weight.grad, wanted, rtol=1e-4, atol=1e-8)
 
 
+def test_predictive_coding_guards_its_rate() -> None:
+    """Levels so steep that the steps of the states are not stable: guarded, it still finds the minimum."""
+    net = _net("mlp", nonlinearity="tanh").double()
+    with torch.no_grad():
+        for p in net.equilibrium.parameters():
+            p.mul_(3)
+    x, y = _batch(dtype=torch.float64)
+    wanted = gradients(net, x, y)
+    found = {}
+    for guard in (True, False):
+        net.equilibrium.estimator = PredictiveCoding(steps=1500, rate=0.5, beta=1e-5, guard=guard)
+        found[guard] = _smallest(net, wanted, x, y)
+    assert found[True] > 0.99
+    assert found[False] < 0.9
+
+
 def test_predictive_coding_diverges_loudly() -> None:
     net = _net("mlp")
-    net.equilibrium.estimator = PredictiveCoding(steps=2000, rate=1.9)
+    net.equilibrium.estimator = PredictiveCoding(steps=2000, rate=1.9, guard=False)
     x, y = _batch()
     with torch.no_grad():
         for p in net.equilibrium.parameters():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.residual import Residual
-from toreq.core.state import State, added, difference, scaled
+from toreq.core.state import State, added, difference, norm, scaled
 from toreq.errors import DivergenceError
 from toreq.estimators.base import Estimate, Estimator, FreePhase, LinearNudge, Nudge, Statistics, Support
 from toreq.estimators.predictive import Predictive
@@ -43,6 +43,7 @@ class PredictiveCoding(Estimator):
     name: ClassVar[str] = "predictive_coding"
     steps: int = 20
     rate: float = 0.1
+    guard: bool = True
     beta: float = 1.0
     nudge: Literal["linear", "cost"] = "linear"
     tolerance: ClassVar[float] = 0.0
@@ -66,9 +67,13 @@ class PredictiveCoding(Estimator):
         beta = torch.full_like(next(iter(free.h.values())).flatten(1)[:, 0], per)
         terms = {c.node: (name, c) for name, c in energy.terms() if isinstance(c, Residual)}
         h, force = free.h, {}
+        rate, last = torch.full_like(beta, self.rate), torch.full_like(beta, torch.inf)
         for _ in range(self.steps):
             force = self._force(terms, free, h, nudge, beta)
-            h = added(h, {n: self.rate * f for n, f in force.items()})
+            if self.guard:
+                now = norm(force)
+                rate, last = torch.where(now > last, rate / 2, rate), now
+            h = added(h, scaled(force, rate))
         grads: dict[str, dict[str, Tensor]] = {}
         eps: State = {}
         for n, (name, c) in terms.items():

@@ -25,7 +25,7 @@ TRAINERS = {
     nets.FORWARD: "backprop through the same blocks",
     nets.IMPLICIT: "the implicit gradient of the same network",
     nets.CENTERED: "the looped transformer, tied and symmetric, centered EqProp, fast settings",
-    nets.CODING: f"predictive coding on the same blocks: {nets.CODING_STEPS} gradient steps on the states, beta 1",
+    nets.CODING: f"predictive coding on the same blocks: {nets.CODING_STEPS} guarded steps on the states, beta 1",
 }
 NETS: dict[str, Any] = {"features": 64, "heads": 4, "hidden": 128}
 BLOCKS = 2

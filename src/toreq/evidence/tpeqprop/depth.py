@@ -26,7 +26,7 @@ SIDES = {
     nets.OWN: "residual levels, untied, one nudged phase",
     nets.CENTERED: "a symmetric deep Hopfield network of as many layers, centered EqProp, fast settings",
     nets.FORWARD: "backprop through the same residual levels",
-    nets.CODING: f"predictive coding on the same levels: {nets.CODING_STEPS} gradient steps on the states, beta 1",
+    nets.CODING: f"predictive coding on the same levels: {nets.CODING_STEPS} guarded steps on the states, beta 1",
 }
 THRESHOLD, LEARNED = 97.0, 90.0
 """Test accuracy whose first epoch is counted, and below which a training has failed."""
