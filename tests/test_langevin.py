@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from laws import bistable_pair, gaussian, hessian, one_unit, quadrature, relaxation
 from toreq import Equilibrium, wrap
-from toreq.core import Dense, Drive, Energy, Identity, Lateral, Node, Residual, Tanh
+from toreq.core import Bilinear, Dense, Drive, Energy, Identity, Lateral, Node, Residual, Tanh
 from toreq.core.state import State
 from toreq.errors import ConfigError, DivergenceError
 from toreq.solvers import Langevin, Relaxation
@@ -82,6 +82,40 @@ def test_one_tanh_unit_against_quadrature(temperature: float, gain: float) -> No
     h = stacked_samples(plain, problem, start)[:, 0]
     found = torch.stack([(h**k).mean() for k in (1, 2, 3, 4)])
     assert float((found - exact).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("adjusted", [True, False])
+def test_preconditioning_leaves_the_law_and_lets_flat_nodes_keep_up(adjusted: bool) -> None:
+    """Two coupled units, one of a hundredth of the other's slope: its law needs some thousand steps without."""
+    flat, steep, tau, w = 0.05, 5.0, 0.3, 0.8
+    nodes = [Node("a", 1, Identity(flat)), Node("b", 1, Identity(steep))]
+    op = Dense(1, 1).double()
+    with torch.no_grad():
+        op.weight.fill_(w)
+    energy = Energy(nodes, [Bilinear(op, "a", "b")]).double()
+    problem = Relaxation(energy, energy.bind(torch.zeros(64, 1, dtype=torch.float64)))
+    start = {n: torch.zeros(64, 1, dtype=torch.float64) for n in "ab"}
+    # E = a^2 / 2 flat + b^2 / 2 steep - w a b in the activations
+    wanted = tau * torch.linalg.inv(torch.tensor([[1 / flat, -w], [-w, 1 / steep]], dtype=torch.float64))
+    found = {}
+    for preconditioned in (True, False):
+        eta = 0.3 if preconditioned else 0.3 / steep
+        chain = Langevin(
+            temperature=tau, step_size=eta, burn_in=30, samples=400, preconditioned=preconditioned, adjusted=adjusted
+        )
+        drawn = torch.stack([torch.cat([h["a"], h["b"]], 1) for _, h in chain.sample(problem, start)])
+        found[preconditioned] = drawn.flatten(0, 1).T.cov()
+    # an unadjusted step of 0.3 widens each law by about 1 / (1 - 0.15)
+    torch.testing.assert_close(found[True], wanted, rtol=0.06 if adjusted else 0.25, atol=0.01)
+    assert float(found[False][0, 0]) < 0.8 * float(wanted[0, 0])
+
+
+def test_step_limit_is_in_units_of_the_slopes_when_preconditioned() -> None:
+    energy = Energy([Node("a", 3, Identity(0.02)), Node("b", 3, Identity(7.0))], []).double()
+    problem = Relaxation(energy, energy.bind(torch.zeros(2, 3, dtype=torch.float64)))
+    start = {n: torch.zeros(2, 3, dtype=torch.float64) for n in "ab"}
+    assert Langevin(preconditioned=True).limit(problem, start) == pytest.approx(2.0, rel=1e-6)
+    assert Langevin(step_size=0.01).limit(problem, start) == pytest.approx(2 / 7, rel=1e-6)
 
 
 def test_bias_of_the_step_is_of_first_order_and_gone_when_adjusted() -> None:

@@ -26,6 +26,8 @@ class Activation(nn.Module, ABC):
     analytic: bool = True
     smooth: bool = True
     samples: bool = False
+    gain: float = 1.0
+    """Slope at its steepest, where the activation has one slope for all."""
     unsampled: str = "it does not give log_slope and log_slope_gradient"
     """Why the activation cannot be sampled, where it cannot."""
 

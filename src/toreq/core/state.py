@@ -116,6 +116,11 @@ def per_example(weight: Tensor, like: Tensor) -> Tensor:
     return weight.view(-1, *([1] * (like.dim() - 1)))
 
 
+def chosen(which: Tensor, first: State, second: State) -> State:
+    """The examples of ``first`` where ``which`` ``(B,)`` is true, those of ``second`` elsewhere."""
+    return {n: torch.where(per_example(which, t), t, second[n]) for n, t in first.items()}
+
+
 def scaled(state: State, weight: Tensor) -> State:
     """Every node times one number per example."""
     return {k: t * per_example(weight, t) for k, t in state.items()}

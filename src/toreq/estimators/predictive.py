@@ -11,7 +11,7 @@ from torch import Tensor
 from toreq.core.couplings import Only
 from toreq.core.energy import Dynamics, Energy
 from toreq.core.residual import Linearised, Residual, forward_order
-from toreq.core.state import Bindings, State, added, difference, norm, per_example, scaled, stacked
+from toreq.core.state import Bindings, State, added, chosen, difference, norm, per_example, scaled, stacked
 from toreq.errors import DivergenceError
 from toreq.estimators.base import Contrastive, Estimate, FreePhase, Nudge, Statistics, Support
 from toreq.estimators.pairs import relative_response
@@ -300,7 +300,7 @@ class Predictive(Contrastive):
         # below the solver's own tolerance, or the free phase's remaining residual would be taken for a response
         solver = replace(free.solver, tolerance=min(self.tolerance, free.solver.tolerance))
         moved = solver.solve(problem, h, h=h).h
-        return {n: torch.where(per_example(done, t), h[n], t) for n, t in moved.items()}
+        return chosen(done, h, moved)
 
     @staticmethod
     def _watch(levels: _Levels, found: _Found, h: State) -> None:

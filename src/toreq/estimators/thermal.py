@@ -46,9 +46,9 @@ class Thermal(Estimator):
     their own. Needs a layer whose solver is :class:`~toreq.solvers.Langevin` with ``mode="sample"``.
 
     Args:
-        beta: the nudge's size, above 0; 0.05 when None. With ``nudge="relative"`` (default) the force of each example
-            is that share of the size of its activations, :math:`\beta_b\|v_b\| = \beta\|h_b\|`; with ``"absolute"``
-            it is :math:`\mp\beta v` with v as received.
+        beta: the nudge's size, above 0; 0.05 when None. With ``nudge="relative"`` (default) what the force of each
+            example alone moves is that share of the size of its activations, :math:`\beta_b\|g v_b\| = \beta\|h_b\|`,
+            g being the nodes' slopes; with ``"absolute"`` the force is :math:`\mp\beta v` with v as received.
         nudge: ``"relative"`` or ``"absolute"``.
         burn_in: steps of the nudged chains before their first sample; those of the free chain when None.
         samples: of each nudged chain; as many as the free chain's when None.
@@ -100,7 +100,8 @@ class Thermal(Estimator):
         if self.nudge == "absolute":
             return torch.full((first.shape[0],), size, dtype=first.dtype, device=first.device)
         # the size of a sample: the mean over a symmetric law is small, its response is not
-        beta = size * norm(free.dynamics.activate(free.a, free.bindings)) / norm(v)
+        moved = {n: free.dynamics.activation(n).gain * t for n, t in v.items()}
+        beta = size * norm(free.dynamics.activate(free.a, free.bindings)) / norm(moved)
         return torch.where(torch.isfinite(beta) & (beta > 0), beta, torch.ones_like(beta))
 
     def estimate(self, free: FreePhase, nudge: Nudge, record: bool = False) -> Estimate:

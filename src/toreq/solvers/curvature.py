@@ -3,7 +3,7 @@ r"""How sharply the energy of a Langevin chain curves, and with it the largest s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -20,7 +20,14 @@ PRODUCTS = 12
 """Most products with the Hessian at one point."""
 
 
-def check_step(problem: Relaxation, a: State, temperature: float, step_size: float | None) -> float:
+def check_step(
+    problem: Relaxation,
+    a: State,
+    temperature: float,
+    step_size: float | None,
+    preconditioned: bool = False,
+    noisy: Collection[str] | None = None,
+) -> float:
     r"""The stable limit :math:`2/\lambda_{\max}` of Langevin steps, and a refusal of those above it.
 
     Args:
@@ -28,6 +35,8 @@ def check_step(problem: Relaxation, a: State, temperature: float, step_size: flo
         a: start of the chain.
         temperature: the highest one of the chain.
         step_size: the step asked for, if any.
+        preconditioned: steps are in units of the nodes' slopes, and so are the curvatures.
+        noisy: nodes that are sampled, all when None. What the others do where they settle only lowers the curvature.
 
     Returns:
         the limit; infinite where nothing curves upwards, or where the state has overflowed already.
@@ -37,14 +46,18 @@ def check_step(problem: Relaxation, a: State, temperature: float, step_size: flo
         DivergenceError: where the couplings are linear and the energy falls in some direction of the identity nodes.
     """
     assert isinstance(problem.dynamics, Energy)
-    energy, every = problem.dynamics, frozenset(a)
+    energy, every = problem.dynamics, frozenset(a if noisy is None else noisy)
     unbounded = frozenset(n for n in a if isinstance(energy.activation(n), Identity))
     # with linear couplings between identity nodes the Hessian is the same everywhere
-    uniform = energy.linear and unbounded == every
+    uniform = energy.linear and unbounded == frozenset(a)
     problem, points = _probed(problem, [a] if uniform else [a, {n: torch.zeros_like(t) for n, t in a.items()}])
-    found = [_ritz(problem, point, temperature, every) for point in points]
-    if energy.linear and unbounded:
-        _check_confined(found[0] if uniform else _ritz(problem, points[0], temperature, unbounded), unbounded)
+    units = {n: energy.activation(n).gain ** -0.5 if preconditioned else 1.0 for n in a}
+    found = [_ritz(problem, point, temperature, every, units) for point in points]
+    if energy.linear and unbounded & every:
+        _check_confined(
+            found[0] if uniform and unbounded == every else _ritz(problem, points[0], temperature, unbounded, units),
+            unbounded,
+        )
     largest = max(float(values[:, -1].max()) for values in found)
     if not largest > 0 or not math.isfinite(largest):
         return math.inf
@@ -87,8 +100,9 @@ def gradient(problem: Relaxation, a: State, temperature: float) -> State:
     return out
 
 
-def _ritz(problem: Relaxation, a: State, temperature: float, nodes: frozenset[str]) -> Tensor:
-    """Extreme eigenvalues of the Hessian of U on ``nodes``, ascending per example, by Lanczos' method ``(B, k)``."""
+def _ritz(problem: Relaxation, a: State, temperature: float, nodes: frozenset[str], units: dict[str, float]) -> Tensor:
+    """Extreme eigenvalues of the Hessian of U on ``nodes``, whose coordinates are ``units`` long, ascending per
+    example, by Lanczos' method ``(B, k)``."""
     moved = {n: t for n, t in a.items() if n in nodes}
     shapes = {n: t.shape for n, t in moved.items()}
     flat = torch.cat([t.flatten(1) for t in moved.values()], 1)
@@ -99,10 +113,10 @@ def _ritz(problem: Relaxation, a: State, temperature: float, nodes: frozenset[st
         sides = []
         for sign in (1, -1):
             parts = v.split([math.prod(s[1:]) for s in shapes.values()], 1)
-            shift = {n: p.reshape(shapes[n]) for n, p in zip(shapes, parts, strict=True)}
+            shift = {n: p.reshape(shapes[n]) * units[n] for n, p in zip(shapes, parts, strict=True)}
             point = {n: torch.add(t, shift[n], alpha=sign * eps) if n in shift else t for n, t in a.items()}
             g = gradient(problem, point, temperature)
-            sides.append(torch.cat([g[n].flatten(1) for n in shapes], 1))
+            sides.append(torch.cat([g[n].flatten(1) * units[n] for n in shapes], 1))
         return (sides[0] - sides[1]) / (2 * eps)
 
     generator = torch.Generator(flat.device).manual_seed(0)

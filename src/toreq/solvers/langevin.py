@@ -10,13 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from toreq.core.energy import Dynamics, Energy
+from toreq.core.energy import Dynamics
 from toreq.core.nodes import Identity
-from toreq.core.state import State, added, difference, per_example, sum_squares
+from toreq.core.state import State, added, chosen, difference, sum_squares
 from toreq.errors import ConfigError
 from toreq.solvers.anderson import Anderson
 from toreq.solvers.base import Solver, _joined, _shifted, require
 from toreq.solvers.curvature import check_step
+from toreq.solvers.law import Judged, judged, summed, unsampled
 from toreq.solvers.loop import Loop
 from toreq.solvers.noise import Noise
 from toreq.solvers.problem import Measure, Problem, Relaxation, relative
@@ -24,20 +25,11 @@ from toreq.solvers.solution import Solution, Step
 
 
 @dataclass
-class _Judged:
-    """What Metropolis and Hastings' rule asks of a state."""
-
-    field: State
-    energy: Tensor
-    slope: Tensor  # log det sigma'
-
-
-@dataclass
 class _Carry:
     generator: torch.Generator
     done: int = 0  # steps
     halves: tuple[State, State] = ({}, {})  # sums of the activations over the first and the second half of the samples
-    judged: _Judged | None = None  # the present state of an adjusted chain
+    judged: Judged | None = None  # the present state of an adjusted chain
     accepted: Tensor | None = None  # its proposals accepted since the burn-in
 
 
@@ -57,7 +49,13 @@ class Langevin(Solver):
     samples' two halves, which falls like :math:`1/\sqrt{\mathrm{samples}}`; all ``burn_in + samples * thin`` steps are
     run. The error of a finite step in the law is of first order in :math:`\eta`; on a quadratic energy of curvature
     :math:`\Lambda` the covariance is :math:`\tau[\Lambda(1 - \eta\Lambda/2)]^{-1}` for
-    :math:`\tau\Lambda^{-1}`. ``adjusted`` removes it.
+    :math:`\tau\Lambda^{-1}`. ``adjusted`` removes it. With ``preconditioned`` each node has the step :math:`\eta/g`, g
+    being its activation's slope at 0: the law is the same, and a node beside steeper ones moves as fast as they do.
+
+    With ``noisy`` these nodes u alone have a law, that of the energy which the others w leave at their equilibrium,
+    :math:`p(u) \propto \exp(-\min_w E(u, w)/\tau)`. By the envelope theorem its gradient is that of E in u at this
+    equilibrium, so that contrasts need nothing else; the others follow by one step :math:`w \leftarrow \sigma(f)` for
+    each step of u, which costs an error of first order in :math:`\eta` and has to contract.
 
     ``mode="annealed"`` takes noise as a search: ``burn_in`` noisy steps under the schedule, then none, and the
     deterministic solver ``finish`` settles to ``tolerance``; nudged phases are settled by that solver alone. Where the
@@ -69,6 +67,8 @@ class Langevin(Solver):
         precision: ``"mixed"`` only with ``mode="annealed"``, for the finish.
         temperature: :math:`\tau > 0`, in units of the energy.
         step_size: :math:`\eta > 0`, below :meth:`limit`; a larger one is refused at the start of a chain.
+        preconditioned: steps in units of each node's slope.
+        noisy: nodes that are sampled while the others settle; all are when None. Not with ``adjusted``.
         burn_in: steps before the first sample, at least 0.
         samples: samples averaged over, at least 2.
         thin: steps from one sample to the next, at least 1.
@@ -94,6 +94,8 @@ class Langevin(Solver):
     tolerance: float = 0.0
     temperature: float = 0.1
     step_size: float = 0.1
+    preconditioned: bool = False
+    noisy: tuple[str, ...] | None = None
     burn_in: int = 100
     samples: int = 100
     thin: int = 1
@@ -120,6 +122,8 @@ class Langevin(Solver):
         check("burn_in", self.burn_in >= least, f"an integer >= {least}", "try 100")
         check("samples", self.samples >= 2, "an integer >= 2", "try 100")
         check("thin", self.thin >= 1, "an integer >= 1", "1 takes every step")
+        ok = self.noisy is None or (len(self.noisy) > 0 and not self.adjusted)
+        check("noisy", ok, "None or names of nodes, without adjusted=True", "leave it None to sample every node")
         check("copies", self.copies >= 1, "an integer >= 1", "1 gives every example its own noise")
         for name, kinds in (("schedule", ("constant", "linear", "geometric")), ("mode", ("sample", "annealed"))):
             check(name, getattr(self, name) in kinds, f"one of {kinds}", "choose one")
@@ -156,7 +160,7 @@ class Langevin(Solver):
         return self if self.sampling() else self._finish()
 
     def refusal(self, dynamics: Dynamics) -> str:
-        return unsampled(dynamics)
+        return unsampled(dynamics, self.noisy)
 
     def _finish(self) -> Solver:
         base = self.finish
@@ -176,7 +180,7 @@ class Langevin(Solver):
         return self.start_temperature ** (1 - share) * self.temperature**share
 
     def limit(self, problem: Problem, a: State) -> float:
-        r"""The stable limit of the step, :math:`2/\lambda_{\max}` of the Hessian of U.
+        r"""The stable limit of the step, :math:`2/\lambda_{\max}` of the Hessian of U (preconditioned, if so asked).
 
         Of the Hessians at ``a`` and at a = 0, where tanh is steepest, at the highest temperature of the schedule, on
         the first examples of the batch.
@@ -185,7 +189,7 @@ class Langevin(Solver):
             DivergenceError: where a quadratic energy falls in some direction.
         """
         with torch.no_grad():
-            return check_step(self._sampled(problem), a, self._hottest(), None)
+            return check_step(self._sampled(problem), a, self._hottest(), None, self.preconditioned, self.noisy)
 
     def _hottest(self) -> float:
         return max(self.temperature, self.start_temperature or 0.0)
@@ -242,7 +246,7 @@ class Langevin(Solver):
             raise ConfigError(
                 f"Langevin: expected a Relaxation of an energy, got {type(problem).__name__}; settle it with FixedPoint"
             )
-        reason = unsampled(problem.dynamics)
+        reason = unsampled(problem.dynamics, self.noisy)
         if reason:
             raise ConfigError(f"Langevin: expected a network it can sample; {reason}")
         if self.adjusted and (problem.origin is not None or problem.extra is not None):
@@ -260,7 +264,7 @@ class Langevin(Solver):
 
     def _prepared(self, problem: Problem, a: State) -> Relaxation:
         chained = self._sampled(problem)
-        check_step(chained, a, self._hottest(), self.step_size)
+        check_step(chained, a, self._hottest(), self.step_size, self.preconditioned, self.noisy)
         return chained
 
     def begin(self, problem: Problem, a: State, h: State) -> _Carry:
@@ -274,7 +278,7 @@ class Langevin(Solver):
         carry = _Carry(self.noise.chain(first.device))
         if self.adjusted:
             assert isinstance(problem, Relaxation)
-            carry.judged = _judged(problem, a, h)
+            carry.judged = judged(problem, a, h)
         return carry
 
     def step(self, problem: Problem, a: State, h: State, carry: _Carry) -> tuple[State, State, State]:
@@ -284,28 +288,39 @@ class Langevin(Solver):
         f = problem.field(h) if carry.judged is None else carry.judged.field
         residual = difference(f, a)
         new = self._moved(problem, a, h, residual, tau)
-        noise = {n: self._normal(t, carry.generator) for n, t in a.items()}
+        noise = {n: self._normal(t, carry.generator) for n, t in a.items() if self._sampled_node(n)}
         for n, t in new.items():
-            t.add_(noise[n], alpha=math.sqrt(2 * self.step_size * tau))
+            if self._sampled_node(n):
+                t.add_(noise[n], alpha=math.sqrt(2 * self._eta(problem, n) * tau))
         new_h = problem.activate(new)
         if self.adjusted:
             new, new_h = self._chosen(problem, (a, h), (new, new_h), noise, tau, carry)
         if self._is_sample(carry.done):
             k = (carry.done - self.burn_in) // self.thin - 1
-            carry.halves = _summed(carry.halves, int(k >= self.samples // 2), new_h)
+            carry.halves = summed(carry.halves, int(k >= self.samples // 2), new_h)
         return new, new_h, residual
 
     def _moved(self, problem: Relaxation, a: State, h: State, residual: State, tau: float) -> State:
         r""":math:`a - \eta\,\nabla U(a)`."""
-        own, eta = problem.dynamics, self.step_size
+        own = problem.dynamics
         out: State = {}
         for n, t in a.items():
-            sigma = own.activation(n)
+            if not self._sampled_node(n):
+                out[n] = t + residual[n]
+                continue
+            sigma, eta = own.activation(n), self._eta(problem, n)
             pull = sigma.derivative(t, h[n], residual[n], problem.bindings[f"node_{n}"])
             out[n] = torch.add(t, pull, alpha=eta)
             if not isinstance(sigma, Identity):  # whose slope is constant
                 out[n].add_(sigma.log_slope_gradient(t, h[n]), alpha=eta * tau)
         return out
+
+    def _sampled_node(self, n: str) -> bool:
+        return self.noisy is None or n in self.noisy
+
+    def _eta(self, problem: Relaxation, n: str) -> float:
+        """The step of one node."""
+        return self.step_size / (problem.dynamics.activation(n).gain if self.preconditioned else 1.0)
 
     def _normal(self, like: Tensor, generator: torch.Generator) -> Tensor:
         shape = (like.shape[0] // self.copies, *like.shape[1:])
@@ -313,20 +328,16 @@ class Langevin(Solver):
         return drawn if self.copies == 1 else torch.cat([drawn] * self.copies)
 
     def _chosen(
-        self,
-        problem: Relaxation,
-        old: tuple[State, State],
-        new: tuple[State, State],
-        noise: State,
-        tau: float,
+        self, problem: Relaxation, old: tuple[State, State], new: tuple[State, State], noise: State, tau: float,
         carry: _Carry,
-    ) -> tuple[State, State]:
+    ) -> tuple[State, State]:  # fmt: skip
         """The proposal where it is accepted, else the old state, example by example."""
-        now, then, eta = carry.judged, _judged(problem, *new), self.step_size
+        now, then = carry.judged, judged(problem, *new)
         assert now is not None
         back = difference(old[0], self._moved(problem, *new, difference(then.field, new[0]), tau))
         log_ratio = (now.energy - then.energy) / tau - now.slope + then.slope
-        log_ratio = log_ratio + 0.5 * sum_squares(noise) - sum_squares(back) / (4 * eta * tau)
+        back = {n: t / math.sqrt(4 * self._eta(problem, n) * tau) for n, t in back.items()}
+        log_ratio = log_ratio + 0.5 * sum_squares(noise) - sum_squares(back)
         size, like = log_ratio.shape[0] // self.copies, log_ratio
         drawn = torch.rand(size, generator=carry.generator, dtype=like.dtype, device=like.device)
         # an overflowed proposal has a ratio that is not a number, and is not taken
@@ -334,8 +345,8 @@ class Langevin(Solver):
         if carry.done > self.burn_in:
             carry.accepted = taken.long() if carry.accepted is None else carry.accepted + taken
         energy, slope = torch.where(taken, then.energy, now.energy), torch.where(taken, then.slope, now.slope)
-        carry.judged = _Judged(_where(taken, then.field, now.field), energy, slope)
-        return _where(taken, new[0], old[0]), _where(taken, new[1], old[1])
+        carry.judged = Judged(chosen(taken, then.field, now.field), energy, slope)
+        return chosen(taken, new[0], old[0]), chosen(taken, new[1], old[1])
 
     def _averaged(self, last: Solution, carry: _Carry) -> Solution:
         first = self.samples // 2
@@ -361,37 +372,3 @@ class _Chain(Solver):
 
     def step(self, problem: Problem, a: State, h: State, carry: Any) -> tuple[State, State, State]:
         return self.owner.step(problem, a, h, carry)
-
-
-def unsampled(dynamics: Dynamics) -> str:
-    """Why a network cannot be sampled; empty where it can."""
-    if not isinstance(dynamics, Energy):
-        return f"{type(dynamics).__name__} has no energy, and so no law to sample; use FixedPoint or Anderson"
-    for n in dynamics.names:
-        sigma = dynamics.activation(n)
-        if not sigma.samples:
-            kind = type(sigma).__name__
-            return f"Langevin samples tanh and identity nodes, and {n!r} has {kind}: {sigma.unsampled}; use Tanh"
-    return ""
-
-
-def _judged(problem: Relaxation, a: State, h: State) -> _Judged:
-    energy = problem.energy(a, h)
-    assert energy is not None
-    slopes = [problem.dynamics.activation(n).log_slope(t, h[n]) for n, t in a.items()]
-    return _Judged(problem.field(h), energy, torch.stack(slopes).sum(0))
-
-
-def _where(taken: Tensor, new: State, old: State) -> State:
-    return {n: torch.where(per_example(taken, t), t, old[n]) for n, t in new.items()}
-
-
-def _summed(halves: tuple[State, State], which: int, h: State) -> tuple[State, State]:
-    """The sums with ``h`` added to one of them."""
-    part = halves[which]
-    if part:
-        for n, t in h.items():
-            part[n] += t
-        return halves
-    fresh = {n: t.clone() for n, t in h.items()}
-    return (fresh, halves[1]) if which == 0 else (halves[0], fresh)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from toreq.core.state import State, per_example, rows, take
+from toreq.core.state import State, chosen, rows, take
 from toreq.solvers.problem import Measure, Problem, Reducible, reduced
 from toreq.solvers.solution import Solution, Step, Trace
 
@@ -167,10 +167,7 @@ class _Part:
 
 
 def _where(done: Tensor, a: tuple[State, State], b: tuple[State, State]) -> tuple[State, State]:
-    first, second = (
-        {n: torch.where(per_example(done, x), x, new[n]) for n, x in old.items()} for old, new in zip(a, b, strict=True)
-    )
-    return first, second
+    return chosen(done, a[0], b[0]), chosen(done, a[1], b[1])
 
 
 def _trace(log: list[tuple[Tensor, Tensor | None, State | None]]) -> Trace | None:

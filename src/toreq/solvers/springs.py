@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from toreq.core.operators import Operator
-from toreq.core.state import State, norm, per_example
+from toreq.core.state import State, chosen, norm
 from toreq.solvers.problem import Joint, Layered
 
 GOAL, ACCEPTED = 0.05, 0.25
@@ -151,11 +151,7 @@ def settle_chain(
 
 
 def _chosen(which: Tensor, first: tuple[State, State], second: tuple[State, State]) -> tuple[State, State]:
-    a, h = (
-        {n: torch.where(per_example(which, t), t, y[n]) for n, t in x.items()}
-        for x, y in zip(first, second, strict=True)
-    )
-    return a, h
+    return chosen(which, first[0], second[0]), chosen(which, first[1], second[1])
 
 
 def _swept(problem: Layered, chain: Chain, field: State, start: State, a: State, h: State) -> tuple[State, State]:
