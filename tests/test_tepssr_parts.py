@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from oracles import autograd_field
+from toreq.core import Coupling
 from toreq.errors import ConfigError
 from toreq.systems.tepssr import chunk_for
 from toreq.systems.tepssr_parts import (
@@ -42,6 +43,31 @@ def test_masked_attention(kind: type) -> None:
             torch.testing.assert_close(plain.field(part, plain.bind(x))["a"][0], found[row, :count])
             value = attend.value({"a": h["a"][row : row + 1]}, bound.map(lambda t: t, lambda t, r=row: t[r : r + 1]))
             torch.testing.assert_close(plain.value(part, plain.bind(x)), value)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", [MaskedAttention, MaskedLinearAttention])
+def test_contrasts_of_attention_keep_their_digits(kind: type, masked: bool) -> None:
+    """In float64 the contrast of values; in float32 as exact for states that differ by a millionth."""
+    g = torch.Generator().manual_seed(7)
+    kinds = kind if masked else kind.__mro__[1]
+    mask = (Real(0),) if masked else ()
+    attend = kinds(*mask, "a", 6, heads=2, scale=0.7, generator=g).double()
+    x = torch.tensor([[3, 2, 1, 0, 0], [1, 1, 2, 2, 3]])
+    plus = {"a": torch.randn(2, 5, 6, generator=g, dtype=torch.float64)}
+    weight = torch.tensor([0.7, -1.3], dtype=torch.float64)
+    for size, tolerance in ((0.8, 1e-10), (1e-6, 1e-7)):
+        minus = {"a": plus["a"] + size * torch.randn(2, 5, 6, generator=g, dtype=torch.float64)}
+        bound = attend.bind(x)
+        wanted = Coupling.gradient(attend, plus, minus, weight, bound)["qk"].detach()
+        found = attend.gradient(plus, minus, weight, bound)["qk"].detach()
+        assert float((found - wanted).norm()) < tolerance * float(wanted.norm())
+    single = {"a": plus["a"].float()}
+    near = {"a": single["a"] + 1e-5 * torch.randn(2, 5, 6, generator=g)}
+    wanted = attend.gradient(*({"a": s["a"].double()} for s in (single, near)), weight, attend.bind(x))["qk"].detach()
+    attend = attend.float()
+    found = attend.gradient(single, near, weight.float(), attend.bind(x))["qk"].detach()
+    assert float((found - wanted).norm()) < 1e-5 * float(wanted.norm())
 
 
 def test_sinusoids_tell_steps_apart() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from toreq.core.couplings import Coupling, _logistic, _softplus
+from toreq.core.couplings import Coupling, _logistic, _logistic_rise, _softplus
 from toreq.core.nodes import log_sum_exp, softmax
 from toreq.core.state import Bound, State, per_example
 from toreq.errors import ConfigError
@@ -75,14 +76,26 @@ class Attention(_Heads):
         generator: source of the initial weights.
     """
 
+    def among(self, bound: Bound) -> tuple[Tensor, Tensor] | None:
+        """What is added to all scores and what multiplies the queries' terms ``(B, 1, N, 1)``, where only some tokens
+        take part; None where all do."""
+        return None
+
+    def _scores(self, q: Tensor, k: Tensor, bound: Bound) -> Tensor:
+        scores, some = self.inverse_temperature * q @ k.transpose(-1, -2), self.among(bound)
+        return scores if some is None else scores + some[0]
+
+    def _counted(self, p: Tensor, bound: Bound) -> Tensor:
+        some = self.among(bound)
+        return p if some is None else p * some[1]
+
     def value(self, h: State, bound: Bound) -> Tensor:
-        q, k = self._project(h[self.node], bound)
-        b = self.inverse_temperature
-        return log_sum_exp(b * q @ k.transpose(-1, -2)).flatten(1).sum(1) / b
+        logs = log_sum_exp(self._scores(*self._project(h[self.node], bound), bound))
+        return self._counted(logs[..., None], bound).flatten(1).sum(1) / self.inverse_temperature
 
     def field(self, h: State, bound: Bound) -> State:
         q, k = self._project(h[self.node], bound)
-        p = softmax(self.inverse_temperature * q @ k.transpose(-1, -2))
+        p = self._counted(softmax(self._scores(q, k, bound)), bound)
         return {self.node: self._merge(p @ k, p.transpose(-1, -2) @ q, bound)}
 
     def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
@@ -93,11 +106,11 @@ class Attention(_Heads):
         d, m = plus[self.node] - minus[self.node], torch.lerp(plus[self.node], minus[self.node], 0.5)
         (dq, dk), (mq, mk) = self._project(d, bound), self._project(m, bound)
         b = self.inverse_temperature
-        logits = b * (mq @ mk.transpose(-1, -2) + 0.25 * dq @ dk.transpose(-1, -2))
+        logits = self._scores(mq, mk, bound) + 0.25 * b * dq @ dk.transpose(-1, -2)
         change = b * (mq @ dk.transpose(-1, -2) + dq @ mk.transpose(-1, -2))
         low = (logits - 0.5 * change).softmax(-1)
         dp = low * (change - torch.log1p((low * change.expm1()).sum(-1, keepdim=True))).expm1()
-        mp = low + 0.5 * dp
+        dp, mp = self._counted(dp, bound), self._counted(low + 0.5 * dp, bound)
         dp_t, mp_t = dp.transpose(-1, -2), mp.transpose(-1, -2)
         # of the fields on queries and keys, p k and p^T q
         df = torch.stack([dp @ mk + mp @ dk, dp_t @ mq + mp_t @ dq])
@@ -116,15 +129,73 @@ class LinearAttention(_Heads):
     Args: as for :class:`Attention`.
     """
 
+    def among(self, bound: Bound) -> Tensor | None:
+        """1 for tokens that take part and 0 for others, ``(B, 1, N, 1)``; None where all do."""
+        return None
+
     def value(self, h: State, bound: Bound) -> Tensor:
         q, k = self._project(h[self.node], bound)
-        z = (_softplus(q) * _softplus(k).sum(-2, keepdim=True)).sum(-1)
+        some, keys = self.among(bound), _softplus(k)
+        z = (_softplus(q) * (keys if some is None else keys * some).sum(-2, keepdim=True)).sum(-1)
+        if some is not None:
+            # a row of padding has a sum too, unless all is padding
+            z = torch.where(some[..., 0] != 0, z, torch.ones_like(z))
         return z.log().flatten(1).sum(1) / self.inverse_temperature
 
     def field(self, h: State, bound: Bound) -> State:
         q, k = self._project(h[self.node], bound)
-        fq, total = _softplus(q), _softplus(k).sum(-2, keepdim=True)
-        z = (fq * total).sum(-1, keepdim=True) * self.inverse_temperature
-        dq = _logistic(q) * total / z
-        dk = _logistic(k) * (fq / z).sum(-2, keepdim=True)
-        return {self.node: self._merge(dq, dk, bound)}
+        some, fq, keys = self.among(bound), _softplus(q), _softplus(k)
+        total = (keys if some is None else keys * some).sum(-2, keepdim=True)
+        share = self._share((fq * total).sum(-1, keepdim=True), some)
+        dq = _logistic(q) * total * share
+        dk = _logistic(k) * (fq * share).sum(-2, keepdim=True)
+        return {self.node: self._merge(dq, dk if some is None else dk * some, bound)}
+
+    def _share(self, z: Tensor, some: Tensor | None) -> Tensor:
+        """1/(b z), 0 for tokens that take no part."""
+        if some is None:
+            return 1 / (z * self.inverse_temperature)
+        return some / (torch.where(some != 0, z, torch.ones_like(z)) * self.inverse_temperature)
+
+    def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
+        if plus[self.node].is_complex():
+            return super().gradient(plus, minus, weight, bound)
+        # as for Attention: mean and difference of every quantity over the two states
+        d, m = plus[self.node] - minus[self.node], torch.lerp(plus[self.node], minus[self.node], 0.5)
+        (dq, dk), (mq, mk) = self._project(d, bound), self._project(m, bound)
+        some = self.among(bound)
+        q, k, q_slope, k_slope = _soft(mq, dq), _soft(mk, dk), _rising(mq, dq), _rising(mk, dk)
+        if some is not None:
+            k, k_slope = _each(lambda t: t * some, k), _each(lambda t: t * some, k_slope)
+        total = _each(lambda t: t.sum(-2, keepdim=True), k)
+        z = _each(lambda t: t.sum(-1, keepdim=True), _product(q, total))
+        high, low = (self._share(z[0] + sign * z[1], some) for sign in (0.5, -0.5))
+        share = 0.5 * (high + low), -z[1] * self.inverse_temperature * high * low
+        on_q = _product(_product(q_slope, total), share)
+        on_k = _product(k_slope, _each(lambda t: t.sum(-2, keepdim=True), _product(q, share)))
+        fields = torch.cat([torch.stack([on_q[i], on_k[i]]) for i in (1, 0)], 1).permute(1, 3, 0, 2, 4).flatten(2)
+        states = torch.cat([m * per_example(weight, m), d * per_example(weight, d)])
+        return {"qk": fields.flatten(0, 1).T @ states.flatten(0, 1)}
+
+
+_Pair = tuple[Tensor, Tensor]  # mean and difference over two states
+
+
+def _each(f: Callable[[Tensor], Tensor], pair: _Pair) -> _Pair:
+    """A linear map of both."""
+    return f(pair[0]), f(pair[1])
+
+
+def _product(a: _Pair, b: _Pair) -> _Pair:
+    return a[0] * b[0] + 0.25 * a[1] * b[1], a[0] * b[1] + a[1] * b[0]
+
+
+def _soft(m: Tensor, d: Tensor) -> _Pair:
+    low = m - 0.5 * d
+    rise = torch.log1p(d.expm1() * _logistic(low))
+    return _softplus(low) + 0.5 * rise, rise
+
+
+def _rising(m: Tensor, d: Tensor) -> _Pair:
+    high, low = _logistic(m + 0.5 * d), _logistic(m - 0.5 * d)
+    return 0.5 * (high + low), _logistic_rise(d, high, low)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from toreq.layer import Equilibrium, equilibria
 
 State = dict[str, Tensor]
 Updates = dict[str, Tensor]
+POINTS = 4
+"""At which the way from one state to another is integrated: exact to the eighth order in its length."""
 Phase = tuple[State, State]
 """Pre-activations and activations."""
 
@@ -211,7 +214,11 @@ def _accumulate(out: dict[int, Tensor], value: Tensor, parameters: list[nn.Param
 
 
 def _contrast(energy: Energy, x: Tensor, plus: Phase, minus: Phase, weight: Tensor) -> dict[int, Tensor]:
-    """``sum_b w_b [dE(plus) - dE(minus)]``, coupling by coupling, each by autograd of its own value."""
+    """``sum_b w_b [dE(plus) - dE(minus)]``, coupling by coupling, each by autograd of its own value.
+
+    The difference of two values is the integral of the value's gradient along the way from one state to the other, by
+    Gauss and Legendre's rule: between states that are near, the difference itself has lost its digits.
+    """
     out: dict[int, Tensor] = {}
     # a coupling may borrow another one's weight, which then sums what each sees of its own nodes
     every = _parameters(energy)
@@ -224,13 +231,39 @@ def _contrast(energy: Energy, x: Tensor, plus: Phase, minus: Phase, weight: Tens
             field = c.field(Blind({n: 0.5 * (t + behind[n]) for n, t in ahead.items()}, c.nodes), bound)
             parts = [(per_example(weight, f) * (ahead[n] - behind[n]) * f).sum() for n, f in field.items()]
             _accumulate(out, -torch.stack(parts).sum(), every)
-        else:
+        elif not c.analytic:
+            # the rule knows no kinks
             _accumulate(out, -(weight * (c.value(ahead, bound) - c.value(behind, bound))).sum(), every)
+        else:
+            way = _way(lambda s, c=c, bound=bound: c.value(Blind(s, c.nodes), bound), ahead, behind, weight)
+            _accumulate(out, -way, every)
     for n in energy.names:
         sigma = energy.activation(n)
-        phi = sigma.potential(plus[0][n]) - sigma.potential(minus[0][n])
-        _accumulate(out, -(weight * phi).sum(), _parameters(sigma))
+        if own := _parameters(sigma):
+            potential = lambda s, n=n, sigma=sigma: sigma.potential(s[n])  # noqa: E731
+            _accumulate(out, -_way(potential, {n: plus[0][n]}, {n: minus[0][n]}, weight), own)
     return out
+
+
+def _way(value: Callable[[State], Tensor], plus: State, minus: State, weight: Tensor) -> Tensor:
+    """``sum_b w_b [value(plus) - value(minus)]`` with a graph to the parameters."""
+    total = weight.new_zeros(())
+    for node, share in zip(*(t.tolist() for t in _gauss(POINTS)), strict=True):
+        at = {n: torch.lerp(minus[n], t, node).requires_grad_() for n, t in plus.items()}
+        v = value(at)
+        if not v.requires_grad:
+            continue
+        fields = torch.autograd.grad((weight * v).sum(), list(at.values()), create_graph=True, allow_unused=True)
+        for (n, t), f in zip(plus.items(), fields, strict=True):
+            if f is not None:
+                total = total + share * ((t - minus[n]) * f).sum()
+    return total
+
+
+def _gauss(points: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of Gauss and Legendre's rule on [0, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(points)
+    return torch.from_numpy(0.5 * (nodes + 1)), torch.from_numpy(0.5 * weights)
 
 
 def _predictive(energy: Energy, x: Tensor, h: State, beta: Tensor) -> dict[int, Tensor]:

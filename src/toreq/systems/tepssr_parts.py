@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toreq.core import SSM, Attention, Bindings, Bound, Coupling, Dynamics, Energy, LinearAttention, State, VectorField
-from toreq.core.couplings import Only, _logistic, _softplus
-from toreq.core.nodes import log_sum_exp, softmax, tanh
+from toreq.core import SSM, Attention, Bindings, Bound, Dynamics, Energy, LinearAttention, State, VectorField
+from toreq.core.couplings import Only
+from toreq.core.nodes import tanh
 from toreq.core.ssm_state import response
 from toreq.errors import ConfigError, nearest
 from toreq.systems.looped_transformer import Tokens
@@ -143,21 +143,9 @@ class MaskedAttention(Attention):
     def bind(self, x: Any) -> Bound:
         return Bound(super().bind(x).shared, {"mask": self.mask(x).to(self.query.dtype)})
 
-    def _scores(self, q: Tensor, k: Tensor, bound: Bound) -> Tensor:
-        return self.inverse_temperature * q @ k.transpose(-1, -2) + _HIDDEN * (bound["mask"] - 1)[:, None, None]
-
-    def value(self, h: State, bound: Bound) -> Tensor:
-        scores = self._scores(*self._project(h[self.node], bound), bound)
-        return (log_sum_exp(scores) * bound["mask"][:, None]).flatten(1).sum(1) / self.inverse_temperature
-
-    def field(self, h: State, bound: Bound) -> State:
-        q, k = self._project(h[self.node], bound)
-        p = softmax(self._scores(q, k, bound)) * bound["mask"][:, None, :, None]
-        return {self.node: self._merge(p @ k, p.transpose(-1, -2) @ q, bound)}
-
-    def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
-        # by autograd of the value: a closed form of the base class knows no mask
-        return Coupling.gradient(self, plus, minus, weight, bound)
+    def among(self, bound: Bound) -> tuple[Tensor, Tensor]:
+        mask = bound["mask"]
+        return _HIDDEN * (mask - 1)[:, None, None], mask[:, None, :, None]
 
 
 class MaskedLinearAttention(LinearAttention):
@@ -173,27 +161,8 @@ class MaskedLinearAttention(LinearAttention):
     def bind(self, x: Any) -> Bound:
         return Bound(super().bind(x).shared, {"mask": self.mask(x).to(self.query.dtype)})
 
-    def value(self, h: State, bound: Bound) -> Tensor:
-        q, k = self._project(h[self.node], bound)
-        counts = bound["mask"][:, None, :, None]
-        z = (_softplus(q) * (_softplus(k) * counts).sum(-2, keepdim=True)).sum(-1)
-        # a row of padding has a sum too, unless all is padding
-        logs = torch.where(counts[..., 0] != 0, z, torch.ones_like(z)).log()
-        return (logs * counts[..., 0]).flatten(1).sum(1) / self.inverse_temperature
-
-    def field(self, h: State, bound: Bound) -> State:
-        q, k = self._project(h[self.node], bound)
-        counts = bound["mask"][:, None, :, None]
-        fq, total = _softplus(q), (_softplus(k) * counts).sum(-2, keepdim=True)
-        z = (fq * total).sum(-1, keepdim=True) * self.inverse_temperature
-        share = counts / torch.where(counts != 0, z, torch.ones_like(z))
-        dq = _logistic(q) * total * share
-        dk = _logistic(k) * counts * (fq * share).sum(-2, keepdim=True)
-        return {self.node: self._merge(dq, dk, bound)}
-
-    def gradient(self, plus: State, minus: State, weight: Tensor, bound: Bound) -> dict[str, Tensor]:
-        # as for MaskedAttention
-        return Coupling.gradient(self, plus, minus, weight, bound)
+    def among(self, bound: Bound) -> Tensor:
+        return bound["mask"][:, None, :, None]
 
 
 class _Elastic(Dynamics):
