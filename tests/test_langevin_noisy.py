@@ -32,6 +32,7 @@ def exact(energy: Energy) -> tuple[Tensor, Tensor, list[Tensor]]:
     assert isinstance(drive_h, Drive)
     assert isinstance(coupling, Bilinear)
     v = torch.linspace(-6, 8, 4001, dtype=torch.float64)
+    assert isinstance(coupling.op, Dense)
     f = drive_h.module(X)[0, 0] + coupling.op.weight[0, 0] * v
     # Phi*(h) - h f is least, -Phi(f), at h = tanh(g f)
     left = v.square() / (2 * FLAT) - v * drive_v.module(X)[0, 0] - (STEEP * f).cosh().log() / STEEP
