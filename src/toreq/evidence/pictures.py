@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from toreq.evidence.statistics import interval, mean_curve
 from toreq.evidence.verdicts import Outcomes, numbers
 
 WIDTH, ROW, MARGIN = 4.8, 0.34, 1.5
+LINE, MARKED = 50, 24
+"""Letters in a line of a title, and most points of a curve that get a marker (about)."""
 FLOOR = 1e-9
 """What is drawn for 0 on a logarithmic axis."""
 
@@ -83,11 +86,13 @@ def _curves(claim: Claim, outcomes: Outcomes, theme: Theme) -> Figure | None:
     spec = claim.picture
     lines: list[tuple[str, list[tuple[float, float, float | None, float | None]]]] = []
     for side in claim.sides:
+        drawn = []
         for name in spec.curves:
             found = [o.curves[name] for (s, _), o in sorted(outcomes.items()) if s == side and name in o.curves]
             points = mean_curve(found) if found else []
             if points:
-                lines.append((side if len(spec.curves) == 1 else f"{side}, {name}", points))
+                drawn.append((name, points))
+        lines += [(side if len(drawn) == 1 else f"{side}, {name}", points) for name, points in drawn]
     if not lines:
         return None
     with _axes(theme, 3.0 + 0.12 * len(lines)) as (figure, axes, palette):
@@ -95,7 +100,9 @@ def _curves(claim: Claim, outcomes: Outcomes, theme: Theme) -> Figure | None:
             color = palette.series[index % len(palette.series)]
             style = STYLES[index % len(STYLES)]
             x, y = [p[0] for p in points], [p[1] for p in points]
-            axes.plot(x, y, color=color, linestyle=style, marker=_marker(index), label=label)
+            axes.plot(
+                x, y, color=color, linestyle=style, marker=_marker(index), label=label, markevery=1 + len(x) // MARKED
+            )
             if all(p[2] is not None for p in points):
                 low, high = [float(p[2] or 0) for p in points], [float(p[3] or 0) for p in points]
                 axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
@@ -106,8 +113,8 @@ def _curves(claim: Claim, outcomes: Outcomes, theme: Theme) -> Figure | None:
         if claim.criteria[0].direction == "between" and isinstance(claim.criteria[0].target, tuple):
             # the seed's number is a place on the x axis
             axes.axvspan(*claim.criteria[0].target, color=palette.faint, alpha=0.6, linewidth=0, zorder=0)
-        axes.set(title=spec.title, xlabel=spec.x_label, ylabel=spec.y_label)
-        figure.legend(loc="outside lower center", ncols=2)
+        axes.set(title=textwrap.fill(spec.title, LINE), xlabel=spec.x_label, ylabel=spec.y_label)
+        _legend(figure, axes.get_legend_handles_labels()[0])
         return figure
 
 
@@ -153,9 +160,15 @@ def _points(claim: Claim, outcomes: Outcomes, theme: Theme) -> Figure | None:
         axes.set_yticks(range(len(sides)), sides)
         axes.set_ylim(len(sides) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
-        axes.set(title=spec.title, xlabel=spec.x_label)
-        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        axes.set(title=textwrap.fill(spec.title, 3 * LINE // 4), xlabel=spec.x_label)  # the sides' names stand beside
+        _legend(figure, handles)
         return figure
+
+
+def _legend(figure: Figure, handles: Sequence[Any]) -> None:
+    """Below the axes, in two columns where the words leave room for them."""
+    columns = 2 if max((len(h.get_label()) for h in handles), default=0) <= LINE // 2 + 2 else 1
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def _marker(number: int) -> str:
