@@ -105,7 +105,7 @@ DEFECTS: tuple[Defect, ...] = (
     # solvers and memory
     _d("fixed point: damping the wrong way round", "solvers/fixed_point.py", "torch.lerp(a, f, self.damping)", "torch.lerp(f, a, self.damping)", "test_solvers"),
     _d("gauss-seidel: reads stale nodes", "solvers/fixed_point.py", "h.update(problem.activate({n: a[n] for n in colour}))", "pass\n        h = problem.activate(a)", "test_solvers"),
-    _d("frozen examples: batch mix-up", _LOOP, "torch.where(per_example(done, x), x, new[n])", "torch.where(per_example(done.flip(0), x), x, new[n])", "test_solvers"),
+    _d("frozen examples: batch mix-up", _LOOP, "return chosen(done, a[0], b[0]),", "return chosen(done.flip(0), a[0], b[0]),", "test_solvers"),
     _d("frozen examples: not frozen", _LOOP, "self.kept = _where(self.done, self.kept, kept) if before else kept", "self.kept = kept", "test_solvers"),
     _d("convergence: decided by the batch", _LOOP, "settled = ratio <= solver.tolerance", "settled = (ratio <= solver.tolerance).any().expand_as(ratio).clone()", "test_solvers"),
     _d("anderson: wrong normalisation", _ANDERSON, "return c / c.sum(1, keepdim=True)", "return c / c.abs().sum(1, keepdim=True)", "test_anderson"),
@@ -185,6 +185,15 @@ DEFECTS: tuple[Defect, ...] = (
     _d("clamp: noise in evaluation", "systems/difftoreqprop_parts.py", "if self.log_noise is not None and self.training:", "if self.log_noise is not None:", "test_difftoreqprop"),
     _d("clamp: no class is the first class", "systems/difftoreqprop_parts.py", "CERTAIN * hot * named[:, None]", "CERTAIN * hot", "test_difftoreqprop"),
     _d("denoising: the clamp costs twice", "systems/difftoreqprop.py", "0.5 * clamp.strength * pulling", "clamp.strength * pulling", "test_difftoreqprop"),
+    # chains of some nodes
+    _d("chain: settled nodes get noise", "solvers/langevin.py", "return self.noisy is None or n in self.noisy", "return True", "test_langevin_noisy"),
+    _d("chain: settled nodes crawl", "solvers/langevin.py", "out[n] = t + residual[n]", "out[n] = t + 0.02 * residual[n]", "test_langevin_noisy"),
+    _d("chain: steps not in units of the slopes", "solvers/langevin.py", "if self.preconditioned else 1.0)", "if False else 1.0)", "test_langevin_noisy"),
+    _d("chain: the limit in other units", "solvers/curvature.py", "g[n].flatten(1) * units[n]", "g[n].flatten(1)", "test_langevin"),
+    _d("thermal: nudges not in units of the slopes", "estimators/thermal.py", "free.dynamics.activation(n).gain * t", "t", "test_langevin_noisy"),
+    _d("predictive coding: a rate once halved, doubled", "systems/tpeqprop_coding.py", "rate / 2, rate)", "2 * rate, rate)", "test_tpeqprop"),
+    _d("linear attention: shares as if tokens were alike", "core/attention.py", "-z[1] * self.inverse_temperature * high * low", "z[1] * self.inverse_temperature * high * low", "test_tepssr_parts"),
+    _d("attention: padding counts in contrasts", "core/attention.py", "dp, mp = self._counted(dp, bound), self._counted(low + 0.5 * dp, bound)", "mp = low + 0.5 * dp", "test_tepssr_parts"),
     # gates
     _d("gated coupling: the way down ungated", "core/gating.py", "parts[self.pre] = below * self.op.adjoint", "parts[self.pre] = self.op.adjoint", "test_htsep"),
     _d("gated coupling: means and differences swapped", "core/gating.py", "torch.cat([below * m[self.pre], below * d[self.pre]])", "torch.cat([below * d[self.pre], below * m[self.pre]])", "test_htsep"),
