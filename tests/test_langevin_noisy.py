@@ -89,6 +89,10 @@ def test_settled_nodes_need_no_law() -> None:
     nodes = [Node("v", 1, Identity(0.5)), Node("h", 1, HardSigmoid(1.0))]
     energy = Energy(nodes, [Bilinear(weighted(Dense(1, 1), 0.5), "v", "h")]).double()
     assert not chain(0.1).refusal(energy)
+    problem = Relaxation(energy, energy.bind(X.expand(5, 1)))
+    solution = chain(0.1).solve(problem, {n: torch.ones(5, 1, dtype=torch.float64) for n in "vh"})
+    assert all(bool(t.isfinite().all()) for t in solution.h.values())
+    assert bool((solution.h["h"] >= 0).all())
     assert "HardSigmoid" in chain(0.1, noisy=("h",)).refusal(energy)
     assert "no nodes ['z']" in chain(0.1, noisy=("z",)).refusal(energy)
 
@@ -101,11 +105,13 @@ def test_refused(wrong: dict[str, object]) -> None:
 
 def test_nudges_are_in_units_of_the_slope() -> None:
     """Of nodes of any slope the relative nudge alone moves the same share."""
+    torch.manual_seed(3)
     for gain in (1.0, 500.0):
         energy = Energy([Node("v", 3, Identity(gain))], [Drive("v", torch.nn.Linear(2, 3))]).double()
-        layer = Equilibrium(energy, Langevin(temperature=0.1 / gain, step_size=0.5, preconditioned=True), Thermal())
+        # so cold that a sample is hardly larger than the mean
+        layer = Equilibrium(energy, Langevin(temperature=1e-4 * gain, step_size=0.5, preconditioned=True), Thermal())
         out = layer(torch.ones(5, 2, dtype=torch.float64))
         out.square().sum().backward()
         response = layer.last.nudged.response  # type: ignore[union-attr]
         assert response is not None
-        assert float((response - 0.05).abs().max()) < 0.02
+        assert float((response - 0.05).abs().max()) < 0.005

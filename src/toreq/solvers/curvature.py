@@ -88,12 +88,14 @@ def _probed(problem: Relaxation, points: list[State]) -> tuple[Relaxation, list[
     return (problem, points) if part is None else (part, [stacked(*(take(point, index) for point in points))])
 
 
-def gradient(problem: Relaxation, a: State, temperature: float) -> State:
-    r""":math:`\nabla U = \sigma'(a)(a - f) - \tau\nabla\log\det\sigma'(a)` per node."""
+def gradient(problem: Relaxation, a: State, temperature: float, nodes: Collection[str]) -> State:
+    r""":math:`\nabla U = \sigma'(a)(a - f) - \tau\nabla\log\det\sigma'(a)` of each of the nodes."""
     h = problem.activate(a)
     f = problem.field(h)
     out: State = {}
     for n, t in a.items():
+        if n not in nodes:
+            continue
         sigma = problem.dynamics.activation(n)
         pull = sigma.derivative(t, h[n], t - f[n], problem.bindings[f"node_{n}"])
         out[n] = torch.sub(pull, sigma.log_slope_gradient(t, h[n]), alpha=temperature)
@@ -115,7 +117,7 @@ def _ritz(problem: Relaxation, a: State, temperature: float, nodes: frozenset[st
             parts = v.split([math.prod(s[1:]) for s in shapes.values()], 1)
             shift = {n: p.reshape(shapes[n]) * units[n] for n, p in zip(shapes, parts, strict=True)}
             point = {n: torch.add(t, shift[n], alpha=sign * eps) if n in shift else t for n, t in a.items()}
-            g = gradient(problem, point, temperature)
+            g = gradient(problem, point, temperature, nodes)
             sides.append(torch.cat([g[n].flatten(1) * units[n] for n in shapes], 1))
         return (sides[0] - sides[1]) / (2 * eps)
 
