@@ -58,7 +58,8 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size(20, 10, 8, (2, 2), {"mlp": 1.0, "conv": 1.0}, 20, (2, 2), (0.5,)),
+    # two steps: a norm that grew in the last one is held from the next on
+    "smoke": Size(20, 10, 8, (2, 2), {"mlp": 1.0, "conv": 1.0}, 10, (2, 2), (0.5,)),
     "quick": Size(5000, 1000, 256, (16, 32), {"mlp": 2.0, "conv": 1.0}, 64, (8, 8), (0.0, 0.5, 1.0)),
     "full": Size(60_000, 5000, 512, (16, 32), {"mlp": 2.0, "conv": 1.0}, 128, (8, 12), SIGMAS),
 }
