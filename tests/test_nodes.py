@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from toreq.core import Activation, HardSigmoid, Identity, LayerNorm, Node, ReLU, Softmax, Tanh, activation
-from toreq.core.nodes import ACTIVATIONS, log_cosh, log_sum_exp, softmax
+from toreq.core.functions import log_cosh, log_sum_exp, softmax
+from toreq.core.nodes import ACTIVATIONS
 from toreq.errors import ConfigError
 
 
@@ -33,6 +34,7 @@ CASES = {
     "relu": ReLU(),
     "steep relu": ReLU(16.0),
     "softmax": Softmax(),
+    "steep softmax": Softmax(3.0),
     "layer_norm": _layer_norm(),
 }
 EACH = pytest.mark.parametrize("sigma", CASES.values(), ids=CASES.keys())
@@ -184,7 +186,7 @@ def test_a_gain_below_one_and_a_drive_are_a_soft_clamp(kappa: float) -> None:
             assert bool((value >= clamp - (field * h).sum(1) - 1e-12).all())
 
 
-@pytest.mark.parametrize("kind", [Identity, Tanh, HardSigmoid, ReLU])
+@pytest.mark.parametrize("kind", [Identity, Tanh, HardSigmoid, ReLU, Softmax])
 @pytest.mark.parametrize("gain", [0.0, -1.0, math.nan, math.inf])
 def test_a_gain_must_be_positive(kind: type, gain: float) -> None:
     with pytest.raises(ConfigError, match="gain > 0"):

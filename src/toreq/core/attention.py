@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from toreq.core.couplings import Coupling, _logistic, _logistic_rise, _softplus
-from toreq.core.nodes import log_sum_exp, softmax
+from toreq.core.functions import log_sum_exp, softmax
 from toreq.core.state import Bound, State, per_example
 from toreq.errors import ConfigError
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toreq.core.nodes import log_cosh, tanh
+from toreq.core.functions import log_cosh, tanh
 from toreq.core.operators import Operator
 from toreq.core.pickling import Picklable
 from toreq.core.state import Bound, State, difference, dot, mean, per_example

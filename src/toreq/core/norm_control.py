@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +61,7 @@ class NormControl(nn.Module):
         start = torch.randn(min(_DIRECTIONS, math.prod(operator.in_shape)), *operator.in_shape, generator=generator)
         self.register_buffer("basis", start.to(weight))
         self.register_buffer("vector", start[:1].to(weight))
-        with torch.no_grad():
-            self._iterate(self._tensors(weight.detach()), 30)
+        self.renew(weight)
 
     def _tensors(self, weight: Tensor) -> dict[str, Tensor]:
         return {self.name: self._operator[0].symmetrised(weight)}
@@ -83,6 +83,11 @@ class NormControl(nn.Module):
         _, mixing = torch.linalg.eigh(image @ image.T)
         self.basis.copy_(v)
         self.vector.copy_((mixing[:, -1] @ v.flatten(1)).reshape(self.vector.shape))
+
+    @torch.no_grad()
+    def renew(self, weight: Tensor) -> None:
+        """Find the norm's direction anew, after the weight has been written over."""
+        self._iterate(self._tensors(weight.detach()), 30)
 
     def forward(self, weight: Tensor) -> Tensor:
         t = self._tensors(weight)
@@ -114,3 +119,32 @@ def control_norm(module: nn.Module, bound: float, name: str = "weight", iteratio
         )
     operator = module if isinstance(module, Operator) else _Matrix(name, weight.shape)
     parametrize.register_parametrization(module, name, NormControl(operator, weight, name, bound, iterations))
+
+
+@torch.no_grad()
+def write_weight(module: nn.Module, value: Tensor, name: str = "weight") -> None:
+    """Write over a weight in place, be its norm controlled or not.
+
+    Args:
+        module: whose weight.
+        value: of the weight's shape.
+        name: of the parameter.
+
+    Raises:
+        ConfigError: where the norm of ``value`` is above the bound on it.
+    """
+    if not parametrize.is_parametrized(module, name):
+        getattr(module, name).copy_(value)
+        return
+    lists: Any = module.parametrizations
+    held = lists[name]
+    held.original.copy_(value)
+    for part in held:
+        if isinstance(part, NormControl):
+            part.renew(value)
+    if not torch.allclose(getattr(module, name), value.to(held.original)):
+        bound = min(part.bound for part in held)
+        raise ConfigError(
+            f"write_weight: expected a {name} with a norm below {bound:.3g}, got more; scale what it is made of, or "
+            "leave the norm free"
+        )

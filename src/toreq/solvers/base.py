@@ -41,6 +41,9 @@ class Solver(ABC):
         compaction: share of settled examples at which the others go on without them; 0 never drops any, nor does a
             solver without :meth:`select`.
 
+        by_node: judge every node by itself and take the worst, where pre-activations differ in size by orders of
+            magnitude; by default all nodes are one vector.
+
     Raises:
         ConfigError: for a value out of range.
     """
@@ -51,6 +54,7 @@ class Solver(ABC):
     precision: Literal["full", "mixed", "rounded"] = "full"
     compaction: float = 0.5
     compile: bool = False
+    by_node: bool = False
 
     def __post_init__(self) -> None:
         where = type(self).__name__

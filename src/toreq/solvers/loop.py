@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from toreq.core.state import State, chosen, rows, take
-from toreq.solvers.problem import Measure, Problem, Reducible, reduced
+from toreq.solvers.problem import Measure, Problem, Reducible, each_node, reduced
 from toreq.solvers.solution import Solution, Step, Trace
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class Loop:
     """
 
     def __init__(self, solver: Solver, problem: Problem, a: State, measure: Measure, h: State | None = None) -> None:
-        self.solver, self.problem, self.measure = solver, problem, measure
+        self.solver, self.problem = solver, problem
+        self.measure = each_node(measure) if solver.by_node else measure
         self.a, self.h = a, problem.activate(a) if h is None else h
         self.carry = solver.begin(problem, a, self.h)
         first = next(iter(a.values()))

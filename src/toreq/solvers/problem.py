@@ -15,7 +15,7 @@ from toreq.core.implicit import slope, solve_implicit
 from toreq.core.operators import Operator
 from toreq.core.quadratic import Spring
 from toreq.core.resampling import Replicate
-from toreq.core.state import Bindings, State, added, difference, dot, halves, norm, selected, take
+from toreq.core.state import Bindings, State, added, difference, dot, halves, norm, per_example, selected, take
 
 
 @runtime_checkable
@@ -354,3 +354,25 @@ class only_active:
 
     def selected(self, index: Tensor) -> Measure:
         return only_active(reduced(self.measure, index), self.active.index_select(0, index))
+
+
+class each_node:
+    """A measure of every node by itself, the largest of which counts: no node is settled because others are large.
+
+    A node whose residual is rounding has settled, also where it does not respond to a nudge at all.
+    """
+
+    def __init__(self, measure: Measure) -> None:
+        self.measure = measure
+
+    def __call__(self, r: State, a: State) -> Tensor:
+        return torch.stack([self._of(r[n], a[n], n) for n in r]).amax(0)
+
+    def _of(self, r: Tensor, a: Tensor, n: str) -> Tensor:
+        size, scale = norm({n: r}), norm({n: a})
+        # before the measure, which may put two phases together: both settle at once
+        rounding = size <= 4 * torch.finfo(size.dtype).eps * scale
+        return self.measure({n: torch.where(per_example(rounding, r), torch.zeros_like(r), r)}, {n: a})
+
+    def selected(self, index: Tensor) -> Measure:
+        return each_node(reduced(self.measure, index))

@@ -32,6 +32,7 @@ from toreq.layer import Equilibrium
 from toreq.solvers import Anderson, Solver
 from toreq.systems.base import System, chain_bounds
 from toreq.systems.difftoreqprop_filter import LinearFilter
+from toreq.systems.difftoreqprop_memory import PatternMemory
 from toreq.systems.difftoreqprop_parts import (
     Clamp,
     LabelClamp,
@@ -105,9 +106,10 @@ class DiffTorEqProp(System):
         label_gain: float | None,
         coupling_scale: float,
         norm_bound: float | None,
+        memory: int,
     ) -> None:
         """Put nodes and couplings together."""
-        self._check(clamp, visible, noise, denoising, span)
+        self._check(clamp, visible, noise, denoising, span, memory)
         usual = DIRECT if direct else THROUGH
         lift, gain, label_gain = (
             u if given is None else given for u, given in zip(usual, (lift, gain, label_gain), strict=True)
@@ -142,17 +144,25 @@ class DiffTorEqProp(System):
             if joint is not None:
                 control_norm(op, joint / math.sqrt(low * high))
             couplings.append(Bilinear(op, a, b))
-        solver = Anderson(length=3) if solver is None else solver
+        self.memory = (
+            PatternMemory(memory, self.input_shape, self.num_classes, self.span, norm_bound) if memory else None
+        )
+        if self.memory is not None:
+            nodes, couplings = [*nodes, *self.memory.nodes], [*couplings, *self.memory.couplings]
+        # logits of a memory are larger than all else by orders of magnitude
+        solver = Anderson(length=3, by_node=memory > 0) if solver is None else solver
         energy = Energy(nodes, couplings)
         if levels:
             energy.prepare = LinearFilter(self.input_shape, self.span)
-        self.equilibrium = Equilibrium(energy, solver, estimator, ("y", "v"))
+        self.equilibrium = Equilibrium(energy, solver, estimator, ("y", "v", "c") if memory else ("y", "v"))
         self.head = nn.Identity()
         self.generator = own_generator()
         self._clean: Tensor | None = None
 
     @staticmethod
-    def _check(clamp: float, visible: str, noise: float | None, denoising: float, span: Sequence[float]) -> None:
+    def _check(
+        clamp: float, visible: str, noise: float | None, denoising: float, span: Sequence[float], memory: int
+    ) -> None:
         where = "DiffTorEqProp"
         if visible not in VISIBLE:
             raise ConfigError(
@@ -169,6 +179,9 @@ class DiffTorEqProp(System):
                 f"{where}: expected span (low, high) with 0 < low < high, got {tuple(span)}; try (0.02, 4)"
             )
 
+        if memory and not denoising:
+            raise ConfigError(f"{where}: expected memory=0 without denoising, got {memory}; set denoising=1")
+
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_clean": None}
 
@@ -179,9 +192,11 @@ class DiffTorEqProp(System):
         return found if isinstance(found, LinearFilter) else None
 
     def observe(self, x: Tensor) -> None:
-        """Fit the linear filter to training inputs; nothing to do without denoising."""
+        """Fit the linear filter to training inputs, and the first patterns; nothing to do without denoising."""
         if self.filter is not None:
             self.filter.observe(x)
+            if self.memory is not None:
+                self.memory.observe(x, self.filter.centre(), self.generator)
 
     def standardize(self, how: Standardize) -> None:
         """Refused where the network denoises, which has mean and covariance from :meth:`observe`."""
@@ -218,7 +233,10 @@ class DiffTorEqProp(System):
         if self.filter is None:
             return self.equilibrium(seen)["v"]
         seen = self.filter(seen)
-        return self.filter.restored(seen, self.equilibrium(seen)["v"])
+        found = self.equilibrium(seen)
+        if self.memory is not None:
+            return self.filter.centre() + self.memory.restored(seen, found["c"], found["v"])
+        return self.filter.restored(seen, found["v"])
 
     def criterion(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean cross entropy; with ``denoising`` in training also that many times
@@ -253,7 +271,8 @@ class DiffTorEqProp(System):
         found = layer.free_phase(bindings)
         clamp = next(c.module for _, c in dynamics.terms() if isinstance(c, Drive) and isinstance(c.module, Clamp))
         pulling = seen.x if seen.filtered is None else seen.filtered
-        return dynamics(found.state, bindings) + 0.5 * clamp.strength * pulling.square().flatten(1).sum(1)
+        total = dynamics(found.state, bindings) + 0.5 * clamp.strength * pulling.square().flatten(1).sum(1)
+        return total if self.memory is None else total + self.memory.recall.distance(seen)
 
     def conveyor(
         self,

@@ -37,6 +37,8 @@ class DiffMLP(DiffTorEqProp):
         label_gain: slope of the label node over that of the last hidden layer; None for 4 with ``direct``, else 1.
         coupling_scale: the initial couplings' deviation is this over the square root of fan-in.
         norm_bound: bound on the norm of all couplings together, which bounds the relaxation's radius; None: free.
+        memory: patterns of an associative memory beside the layers
+            (:class:`~toreq.systems.difftoreqprop_memory.PatternMemory`); 0 for none. Needs ``denoising``.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class DiffMLP(DiffTorEqProp):
         label_gain: float | None = None,
         coupling_scale: float = 0.5,
         norm_bound: float | None = 0.8,
+        memory: int = 0,
     ) -> None:
         super().__init__(input_shape, num_classes)
         self.hidden = tuple(hidden)
@@ -77,6 +80,7 @@ class DiffMLP(DiffTorEqProp):
             label_gain=label_gain,
             coupling_scale=coupling_scale,
             norm_bound=norm_bound,
+            memory=memory,
         )
 
     def operators(self, scale: float) -> list[Operator]:
@@ -110,7 +114,7 @@ class DiffConv(DiffTorEqProp):
         stride: stride of every convolution.
         padding: zero padding of every convolution.
         clamp, visible, noise, denoising, span, direct, lift, gain, label_gain, coupling_scale,
-            norm_bound: as for :class:`DiffMLP`.
+            norm_bound, memory: as for :class:`DiffMLP`.
     """
 
     def __init__(
@@ -136,6 +140,7 @@ class DiffConv(DiffTorEqProp):
         label_gain: float | None = None,
         coupling_scale: float = 0.5,
         norm_bound: float | None = 0.8,
+        memory: int = 0,
     ) -> None:
         super().__init__(input_shape, num_classes)
         if len(self.input_shape) != 3:
@@ -160,6 +165,7 @@ class DiffConv(DiffTorEqProp):
             label_gain=label_gain,
             coupling_scale=coupling_scale,
             norm_bound=norm_bound,
+            memory=memory,
         )
         # in which both directions of a convolution are faster
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from toreq.core import SSM, Attention, Bindings, Bound, Dynamics, Energy, LinearAttention, State, VectorField
 from toreq.core.couplings import Only
-from toreq.core.nodes import tanh
+from toreq.core.functions import tanh
 from toreq.core.ssm_state import response
 from toreq.errors import ConfigError, nearest
 from toreq.systems.looped_transformer import Tokens
