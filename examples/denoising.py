@@ -33,6 +33,7 @@ def main(
     test: int = 1000,
     epochs: int = 2,
     hidden: int = 512,
+    memory: int = 500,
     levels: int = 50,
     out: str = "",
     seed: int = 0,
@@ -42,8 +43,10 @@ def main(
     mnist = data.load("mnist").limit(train=train, test=test)
 
     # --8<-- [start:train]
-    net = systems.create("difftoreqprop", (1, 28, 28), 10, hidden=(hidden,), denoising=1.0, settings="fast")
-    net.observe(mnist.inputs("train", slice(None)))  # mean and covariance: what is linear is not learned
+    net = systems.create(
+        "difftoreqprop", (1, 28, 28), 10, hidden=(hidden,), denoising=1.0, memory=memory, settings="fast"
+    )
+    net.observe(mnist.inputs("train", slice(None)))  # mean, covariance, first patterns: they are not learned
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     for epoch in range(epochs):
         for x, y in data.Batches(mnist.train_x, mnist.train_y, batch_size=64, seed=seed).epoch(epoch):
@@ -77,6 +80,7 @@ if __name__ == "__main__":
     parser.add_argument("--test", type=int, default=1000, help="test images (default: 1000)")
     parser.add_argument("--epochs", type=int, default=2, help="passes over them (default: 2)")
     parser.add_argument("--hidden", type=int, default=512, help="hidden units (default: 512)")
+    parser.add_argument("--memory", type=int, default=500, help="patterns of the memory, 0 for none (default: 500)")
     parser.add_argument("--levels", type=int, default=50, help="noise levels of sampling (default: 50)")
     parser.add_argument("--out", default="digits.png", help="the picture (default: digits.png)")
     parser.add_argument("--seed", type=int, default=0)

@@ -45,9 +45,9 @@ from toreq.systems.difftoreqprop_sampling import Anneal, Conveyor, Known, stream
 
 VISIBLE: dict[str, Callable[[float], Activation]] = {"identity": Identity, "hard_sigmoid": HardSigmoid}
 """Activations of the visible node: one that can be sampled, and one that stays in [0, 1]."""
-DIRECT, THROUGH = (0.5, 2.0, 4.0), (1024.0, 16.0, 1.0)
-"""Lift, gain, and the label node's slope over that of the last hidden layer, where the input drives the hidden layers
-and where it has to pass the visible node. Flatter hidden layers denoise better and leave less of the class's pull to
+DIRECT, THROUGH, RECALLING = (0.5, 2.0, 4.0), (1024.0, 16.0, 1.0), (0.5, 1 / 16, 128.0)
+"""Lift, gain, and the label node's slope over that of the last hidden layer, where the input drives the hidden layers,
+where it has to pass the visible node, and beside a memory, whose nodes are judged one by one. Flatter hidden layers denoise better and leave less of the class's pull to
 the visible node, whose gradients then lose their digits in float32; a steeper label node learns classes faster."""
 
 
@@ -110,7 +110,7 @@ class DiffTorEqProp(System):
     ) -> None:
         """Put nodes and couplings together."""
         self._check(clamp, visible, noise, denoising, span, memory)
-        usual = DIRECT if direct else THROUGH
+        usual = RECALLING if memory else DIRECT if direct else THROUGH
         lift, gain, label_gain = (
             u if given is None else given for u, given in zip(usual, (lift, gain, label_gain), strict=True)
         )

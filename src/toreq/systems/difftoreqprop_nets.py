@@ -33,8 +33,10 @@ class DiffMLP(DiffTorEqProp):
         span: smallest and largest deviation of the noise that is to be removed.
         direct: whether the input also drives the hidden layers.
         lift: slope of the first hidden layer over that of the visible node; None for 0.5 with ``direct``, else 1024.
-        gain: ratio of one hidden layer's slope to that of the layer below; None for 2 with ``direct``, else 16.
-        label_gain: slope of the label node over that of the last hidden layer; None for 4 with ``direct``, else 1.
+        gain: ratio of one hidden layer's slope to that of the layer below; None for 2 with ``direct``, else 16; 1/16
+            with ``memory``.
+        label_gain: slope of the label node over that of the last hidden layer; None for 4 with ``direct``, else 1; 128
+            with ``memory``.
         coupling_scale: the initial couplings' deviation is this over the square root of fan-in.
         norm_bound: bound on the norm of all couplings together, which bounds the relaxation's radius; None: free.
         memory: patterns of an associative memory beside the layers
