@@ -47,8 +47,9 @@ VISIBLE: dict[str, Callable[[float], Activation]] = {"identity": Identity, "hard
 """Activations of the visible node: one that can be sampled, and one that stays in [0, 1]."""
 DIRECT, THROUGH, RECALLING = (0.5, 2.0, 4.0), (1024.0, 16.0, 1.0), (0.5, 1 / 16, 128.0)
 """Lift, gain, and the label node's slope over that of the last hidden layer, where the input drives the hidden layers,
-where it has to pass the visible node, and beside a memory, whose nodes are judged one by one. Flatter hidden layers denoise better and leave less of the class's pull to
-the visible node, whose gradients then lose their digits in float32; a steeper label node learns classes faster."""
+where it has to pass the visible node, and beside a memory, whose nodes are judged one by one. Flatter hidden layers
+denoise better and leave less of the class's pull to the visible node, whose gradients then lose their digits in
+float32; a steeper label node learns classes faster."""
 
 
 class DiffTorEqProp(System):

@@ -138,10 +138,15 @@ class LevelFeatures(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, level: Tensor) -> Tensor:
-        u = level.to(self.linear.weight.dtype).log()[:, None]
+    @staticmethod
+    def waves(level: Tensor) -> Tensor:
+        """What is learned from, ``(B,) -> (B, 10)``: the level, its logarithm, and waves of that."""
+        u = level.log()[:, None]
         waves = 2 * math.pi * u * u.new_tensor(FREQUENCIES)
-        return self.linear(torch.cat([u, level[:, None].to(u.dtype), waves.sin(), waves.cos()], 1))
+        return torch.cat([u, level[:, None], waves.sin(), waves.cos()], 1)
+
+    def forward(self, level: Tensor) -> Tensor:
+        return self.linear(self.waves(level.to(self.linear.weight.dtype)))
 
 
 class Offset(nn.Module):

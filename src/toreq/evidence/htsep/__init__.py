@@ -1,4 +1,4 @@
-"""The claims of HTSEP, H1 to H13 (H7 has no protocol yet)."""
+"""The claims of HTSEP, H1 to H13."""
 
 from toreq.evidence.htsep import (
     control,
@@ -11,6 +11,7 @@ from toreq.evidence.htsep import (
     navigation,
     recall,
     retention,
+    sampling,
     sequential,
     steps,
 )
@@ -22,6 +23,7 @@ CLAIMS = (
     steps.CLAIM,
     modalities.CLAIM,
     sequential.CLAIM,
+    sampling.CLAIM,
     layers.CLAIM,
     navigation.CLAIM,
     hardware.CLAIM,
