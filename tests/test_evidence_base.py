@@ -69,7 +69,7 @@ def test_a_claim_is_complete(one: Claim) -> None:
     assert len(one.protocol.split()) > 30
     # a dear network may have one seed, if the protocol says so
     assert one.seeds >= 3 or "One seed" in " ".join(one.protocol.split())
-    assert one.exclusive == (one.id in ("B3", "S1", "S2"))
+    assert one.exclusive == (one.id in ("B3", "H7", "S1", "S2"))
     assert len({c.name for c in one.criteria}) == len(one.criteria)
 
 

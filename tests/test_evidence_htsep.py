@@ -24,6 +24,7 @@ from toreq.evidence.htsep import (
     nets,
     recall,
     retention,
+    sampling,
     steps,
     streaming,
 )
@@ -31,6 +32,7 @@ from toreq.evidence.protocols.continual import PermutedMNIST
 from toreq.layer import equilibria
 from toreq.memory import TorusGeometry, TorusMemory
 from toreq.solvers import Spiking
+from toreq.systems import Seen
 from toreq.systems.htsep import HTSEP
 
 SMOKE = BUDGETS["smoke"]
@@ -207,6 +209,51 @@ def test_a_rise_of_the_energy_is_seen() -> None:
     assert head.dtype == torch.float64
     # against the order of time it only rises
     assert float(falling.flip(0).diff(dim=0).min()) >= -1e-12
+
+
+# -- H7
+
+
+def test_a_gated_denoiser_keeps_contexts_of_noise_and_spikes_to_the_same_image() -> None:
+    torch.manual_seed(0)
+    net = sampling.GatedDenoiser(24, "probabilistic", 0)
+    x, y = nets.digits(200, 20).inputs("train", slice(None)), nets.digits(200, 20).train_y
+    net.observe(x)
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+    net.train()
+    before = None
+    for i in range(30):
+        part = slice(40 * (i % 5), 40 * (i % 5) + 40)
+        optimizer.zero_grad()
+        loss = net.criterion(net(x[part]), y[part])
+        loss.backward()
+        optimizer.step()
+        before = float(loss.detach()) if before is None else before
+    assert net.inner.context.contexts > 1
+    net.eval()
+    level = torch.full((10,), 0.5)
+    seen = Seen(x[:10] + 0.5 * torch.randn(x[:10].shape, generator=torch.Generator().manual_seed(1)), level)
+    with torch.no_grad():
+        settled = net.denoise(seen)
+        net.solver = Spiking(max_steps=4000, tolerance=1e-3)
+        fired = net.denoise(seen)
+    assert net.events > 0
+    assert float((fired - settled).square().mean()) < 0.01 * float((settled - seen.x).square().mean())
+
+
+def test_speed_is_that_of_the_dense_network_at_the_distance_that_both_reach(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    times = iter([8.0, 16.0, 40.0])
+    distances = iter([90.0, 60.0, 30.0])
+    monkeypatch.setattr(sampling, "trained", lambda *_: (None, None))
+    monkeypatch.setattr(sampling, "drawn", lambda *_: (torch.rand(20, 1, 28, 28), next(times) * 20 / 1000))
+    monkeypatch.setattr(sampling, "digit_fid", lambda *_: next(distances))
+    trial = Trial(SMOKE, sampling.GATED, 0, "cpu", tmp_path)
+    points = [(1.0, 80.0), (2.0, 50.0), (5.0, 40.0)]
+    found = sampling._of_dense(trial, sampling.SIZES["smoke"], nets.digits(64, 20), points)
+    # both reach 40: this side after 5 s, the dense one after 40
+    assert found[sampling.SPEED].value == pytest.approx(8.0)
 
 
 # -- H13

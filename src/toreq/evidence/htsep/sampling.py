@@ -24,6 +24,7 @@ from toreq.systems.difftoreqprop_parts import (
     LevelFeatures,
     Seen,
     denoising_cost,
+    drawn_like,
     own_generator,
     views,
 )
@@ -40,6 +41,8 @@ SPAN, PIXELS, CLASSES = (0.02, 4.0), 784, 10
 LEVELS = (5, 10, 25)
 TIME, SPEED, FID = "processor time of 1,000 samples", "speed", "digit FID"
 RATE, BOUNDED, BATCH, CONTEXTS = 2e-3, 1e-2, 64, 8
+BLOCK = 8
+"""Batches of the same noise in the stream that opens the contexts."""
 STEPS = 200
 """Most steps of a spiking run."""
 
@@ -64,7 +67,8 @@ SIZES = {
 class GatedDenoiser(nn.Module):
     r"""HTSEP behind the linear filter that DiffTorEqProp has: :math:`D = \mu + W_s(x) + (r_s/0.3)\,F`, F its read-out.
 
-    In training every batch has one level of noise, so that contexts are levels; nothing else tells the torus.
+    Contexts are levels of noise: they open on a stream in which it falls (the filtered image is then less and less like
+    the mean), and in training every batch has one level.
 
     Args:
         hidden: units.
@@ -91,9 +95,19 @@ class GatedDenoiser(nn.Module):
         assert isinstance(self.inner.head, nn.Linear)
         return self.inner.head
 
+    @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Fit the filter to training images."""
+        """Fit the filter to training images, and show the torus a stream of them whose noise falls."""
         self.filter.observe(x)
+        if self.inner.context.mode == "off":
+            return
+        low, high = (math.log(s) for s in SPAN)
+        for i in range(CONTEXTS):
+            level = math.exp(high - (high - low) * i / (CONTEXTS - 1))
+            for _ in range(BLOCK):
+                part = x[torch.randint(len(x), (BATCH,), generator=self.generator)]
+                noisy = part + level * drawn_like(part, self.generator)
+                self.inner.context.observe(self._inputs(self.filter(Seen(noisy, part.new_full((BATCH,), level)))))
 
     def _inputs(self, seen: Seen) -> Tensor:
         assert seen.level is not None
@@ -242,7 +256,8 @@ CLAIM = Claim(
     {SPAN[1]:g}, half of the time without the class, beside the classes of clean images. Hidden layers have
     {SIZES["quick"].hidden} units ({SIZES["full"].hidden} at full). DiffTorEqProp's settles with the visible node;
     HTSEP's settles under lateral couplings and is read out linearly. Of its units half are open in each of
-    {CONTEXTS} contexts, which are inferred from what the network sees; in training each batch has one noise level.
+    up to {CONTEXTS} contexts, which open on a stream of falling noise and are inferred from what the network sees; in
+    training each batch has one noise level.
     Spikes run at most {STEPS} steps or to a residual of 0.01. Samples
     ({SIZES["quick"].samples} and {SIZES["full"].samples:,}) come from rings of {", ".join(map(str, LEVELS))} levels. Of
     each side the shortest processor time is taken at which it is within the larger of both least digit FIDs (the
