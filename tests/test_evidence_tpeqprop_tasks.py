@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from scipy.stats import spearmanr
 
 from toreq.data import SequenceTask, sequence_task
-from toreq.errors import CheckpointError, DivergenceError
+from toreq.errors import CheckpointError, ConfigError, DivergenceError
 from toreq.estimators import Implicit, Predictive
 from toreq.evidence import BUDGETS, Trial, counting
 from toreq.evidence.base import nets as shared
@@ -79,6 +80,28 @@ def test_processor_time_limits_the_steps_before_they_begin(monkeypatch: pytest.M
     # a step takes one tick of half a second
     assert fitting.fit(net, DATA, replace(PLAN, seconds=3.6), seed=0).step == 7
     assert fitting.fit(net, DATA, replace(PLAN, seconds=1e6), seed=0).step == 18
+
+
+def test_a_clocked_training_ends_with_its_time_though_steps_become_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks, now, rates = iter(range(10_000)), [0.0], []
+
+    def clock() -> float:
+        # the first three steps take a second each, those after them two
+        started, ended = divmod(next(ticks), 2)
+        now[0] += (1.0 if started < 3 else 2.0) if ended else 0.0
+        return now[0]
+
+    monkeypatch.setattr(fitting.time, "process_time", clock)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]))
+    net = nets.trained_by(nets.OWN, "mlp", 0, hidden=(8,))
+    plan = replace(PLAN, seconds=8.0, clocked=True)
+    assert fitting.fit(net, DATA, plan, seed=0).step == 6
+    # after the first step, the cosine of the share of the time that is gone: 1, 2, 3, 5 and 7 of 8 seconds
+    shares = [0.125, 0.25, 0.375, 0.625, 0.875]
+    assert rates[1:] == pytest.approx([plan.rate * 0.5 * (1 + math.cos(math.pi * s)) for s in shares])
+    assert fitting.fit(net, DATA, replace(plan, seconds=1e6), seed=0).step == 18
+    with pytest.raises(ConfigError, match="expected seconds"):
+        replace(PLAN, clocked=True)
 
 
 def test_a_training_that_diverges_ends_and_says_so() -> None:

@@ -148,7 +148,7 @@ def _plan(trial: Trial, task: Task, params: Mapping[str, Value], share: float) -
     size = SIZES[trial.budget.name]
     rate = float(str(params.get("rate", RATE)))
     batch = trial.budget.pick(16, BATCH, BATCH)
-    return Plan(size.epochs, rate, batch, share * task.seconds, tests=1 if size.epochs > 4 else 4)
+    return Plan(size.epochs, rate, batch, share * task.seconds, tests=1 if size.epochs > 4 else 4, clocked=True)
 
 
 def run(trial: Trial) -> Outcome:
@@ -217,10 +217,10 @@ def _protocol() -> str:
     return f"""
     MNIST digits as sequences: {PIXELS} pixels in reading order, the same permuted (one fixed permutation), and 28
     rows. The network of TEP-SSR has time-invariant maps and no attention here ({said}); every baseline gets the width
-    that brings it nearest to that number of parameters. Each side is trained for the same processor time ({times}) or
-    {full.epochs:g} epochs, found by timing four steps before; a quick run takes {100 * quick.share:g}% of that on
+    that brings it nearest to that number of parameters. Each side is trained until the same processor time is used up
+    ({times}), or {full.epochs:g} epochs are; a quick run takes {100 * quick.share:g}% of that on
     {quick.train:,} images, at most {quick.epochs:g} epochs. Adam, batches of {BATCH}, the gradient's norm clipped to
-    1, a rate that rises over a twentieth of the steps and falls as a cosine to 0. That rate is tuned for each side in
+    1, a rate that rises over a twentieth of that time and falls as a cosine to 0 with what is left of it. That rate is tuned for each side in
     {TRIALS} trials of {100 * full.trial:g}% of the time ({100 * quick.trial:g}% quick), judged by a fifth of half the
     training images. Accuracy is that of the last step on all test images. No augmentation. On pixels only the diagonal
     state-space model with backprop through time stands beside it: an LSTM and softmax attention would see a small part

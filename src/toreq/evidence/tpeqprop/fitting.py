@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from toreq.data import Batches, Dataset
 from toreq.diagnostics.gradients import criterion
 from toreq.diagnostics.relaxation import predictions
-from toreq.errors import DivergenceError
+from toreq.errors import ConfigError, DivergenceError
 from toreq.evidence import counting, resuming
 from toreq.layer import equilibria
 from toreq.training import rng
@@ -36,6 +36,8 @@ class Plan:
         rate: Adam's; it falls as a half cosine to 0 over the steps that are run, after rising over the first ones.
         batch: images in a step.
         seconds: of processor time, by which the steps are limited before they begin; None for no limit.
+        clocked: limit them by the time that they take instead, which changes while a network learns: the rate follows
+            the share of `seconds` that is used up, and the training ends with it.
         tests: in an epoch, at equal distances.
         tested: test images that these use, the same ones for every side and seed.
         warmup: share of the steps over which the rate rises.
@@ -54,6 +56,11 @@ class Plan:
     clip: float = 1.0
     decay: float = 0.0
     save_every: float = 30.0
+    clocked: bool = False
+
+    def __post_init__(self) -> None:
+        if self.clocked and self.seconds is None:
+            raise ConfigError("Plan: expected seconds of a clocked plan, got None; give them, or leave clocked out")
 
 
 @dataclass
@@ -139,11 +146,11 @@ def fit(
     every = max(1, len(batches) // plan.tests)
     saved = time.monotonic()
     with StopRequest() as stop:
-        while at.step < at.steps and not at.diverged:
+        while _share(plan, at) < 1 and not at.diverged:
             epoch, start = divmod(at.step, len(batches))
             for images, labels in batches.epoch(epoch, start=start):
                 at.diverged = _step(net, optimizer, images, labels, plan, at)
-                if at.diverged or at.step == at.steps:
+                if at.diverged or _share(plan, at) >= 1:
                     break
                 if at.step % every == 0:
                     _test(net.eval(), x, y, at, at.step / len(batches), watch)
@@ -170,8 +177,8 @@ def _test(
 def _step(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, plan: Plan, at: Progress) -> str:
     """One step; returns why it could not be made."""
     started = time.process_time()
-    rising = plan.warmup * at.steps
-    factor = (at.step + 1) / rising if at.step < rising else 0.5 * (1 + math.cos(math.pi * at.step / at.steps))
+    share, first = _share(plan, at), 1 / max(1, at.steps)
+    factor = (share + first) / plan.warmup if share < plan.warmup else 0.5 * (1 + math.cos(math.pi * share))
     for group in optimizer.param_groups:
         group["lr"] = plan.rate * factor
     net.train()
@@ -190,10 +197,16 @@ def _step(net: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
     return ""
 
 
+def _share(plan: Plan, at: Progress) -> float:
+    """How much of a training is done."""
+    done = at.step / at.steps
+    return max(done, at.seconds / plan.seconds) if plan.clocked and plan.seconds else done
+
+
 def _planned(net: nn.Module, batches: Batches, plan: Plan) -> int:
     """Steps of all epochs, or those that the processor time holds, by timing some on a copy."""
     wanted = max(1, round(plan.epochs * len(batches)))
-    if plan.seconds is None:
+    if plan.seconds is None or plan.clocked:
         return wanted
     with rng.preserved(net):
         twin = copy.deepcopy(net)
