@@ -220,11 +220,11 @@ def _protocol() -> str:
     that brings it nearest to that number of parameters. Each side is trained until the same processor time is used up
     ({times}), or {full.epochs:g} epochs are; a quick run takes {100 * quick.share:g}% of that on
     {quick.train:,} images, at most {quick.epochs:g} epochs. Adam, batches of {BATCH}, the gradient's norm clipped to
-    1, a rate that rises over a twentieth of that time and falls as a cosine to 0 with what is left of it. That rate is tuned for each side in
-    {TRIALS} trials of {100 * full.trial:g}% of the time ({100 * quick.trial:g}% quick), judged by a fifth of half the
-    training images. Accuracy is that of the last step on all test images. No augmentation. On pixels only the diagonal
-    state-space model with backprop through time stands beside it: an LSTM and softmax attention would see a small part
-    of an epoch in the same time.
+    1, a rate that rises over a twentieth of that time and falls as a cosine to 0 with what is left of it. That rate
+    is tuned for each side in {TRIALS} trials of {100 * full.trial:g}% of the time ({100 * quick.trial:g}% quick),
+    judged by a fifth of half the training images. Accuracy is that of the last step on all test images. No
+    augmentation. On pixels only the diagonal state-space model with backprop through time stands beside it: an LSTM
+    and softmax attention would see a small part of an epoch in the same time.
     """
 
 
