@@ -245,6 +245,19 @@ def test_closed_form_norm_is_the_limit_of_long_sequences() -> None:
     assert long > 0.99 * limit
 
 
+def test_closed_form_norm_of_a_slow_mode_off_its_centre() -> None:
+    # a rate of 1/2000: the peak is 1/3 of the distance of two points of the grid, and beside the mode's frequency
+    op = SSM(1, 1, chunk=64).double()
+    with torch.no_grad():
+        op.log_rate.fill_(-math.log(2000.0))
+        op.frequency.fill_(0.7)
+        op.coefficient.copy_(torch.tensor([0.0, 0.5])[:, None, None])
+        op.skip.fill_(0.5)
+        op.project.weight.fill_(1.0)
+    fine = op.transfer(0.7 + torch.linspace(-0.01, 0.01, 200_001, dtype=torch.float64)).abs().amax()
+    assert op.norm_limit() == pytest.approx(float(fine), rel=1e-4)
+
+
 def test_closed_form_norm_of_one_mode() -> None:
     """One channel, one real mode, W = 1: the gain at frequency 0 is |c| + d whatever the decay."""
     for timescale in (1.0, 10.0, 1000.0):
@@ -293,6 +306,21 @@ def test_a_chunk_too_long_for_its_decay_is_shortened_and_said() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             op.inputs(x.to(dtype))  # said once
+
+
+@pytest.mark.parametrize("rate", [100.0, 400.0, 1e6])
+def test_what_a_single_token_forgets_does_not_overflow(rate: float) -> None:
+    op, x, u = _op(True, chunk=8), _draw(11, D, 1), _draw(11, D, 2)
+    with torch.no_grad():
+        op.log_rate[:, 0] = math.log(rate)  # the other states of each channel forget slowly
+    wanted = torch.einsum("bmij,md,bjd->bim", _matrices(op, x), op.project.weight.detach(), u)
+    narrow = op.float()
+    with pytest.warns(ShortenedChunkWarning):
+        t = _tensors(narrow, x.float())
+    assert all(bool(torch.isfinite(v).all()) for v in t.values())
+    torch.testing.assert_close(narrow(u.float(), t).double(), wanted, rtol=2e-4, atol=2e-5)
+    grads = narrow.gradient(_draw(11, M, 3).float(), u.float(), t)
+    assert all(bool(torch.isfinite(g).all()) for g in grads.values())
 
 
 @pytest.mark.parametrize("n", [1, 13, 200])
@@ -353,6 +381,12 @@ def test_bad_input() -> None:
         SSM(3, 4, gates=nn.Linear(3, 5)).inputs(torch.randn(2, 6, 3))
     with pytest.raises(ConfigError, match="depends on the input"):
         _op(True)(_draw(5, D, 1))
+    x = _draw(9, D, 1)
+    with pytest.raises(ConfigError, match="expected 7 to 12 tokens, as its inputs have, got 15"):
+        _op(True)(_draw(15, D, 2), _tensors(_op(True), x))
+    with pytest.raises(ConfigError, match="expected 9 tokens, as its inputs have, got 8"):
+        _op(False, masked=True)(_draw(8, D, 2), _tensors(_op(False, masked=True), x))
+    assert _op(True).norm(t=_tensors(_op(True), x)) == _op(True).norm(length=12, t=_tensors(_op(True), x))
     with pytest.raises(ConfigError, match="time-invariant map, got gates"):
         _op(True).norm_limit()
     coupling = Bilinear(_op(True), "a", "b")

@@ -70,6 +70,41 @@ def test_stacked_traces_are_truncated_and_say_so() -> None:
     assert float((below.log_rate.grad - exact_below["log_rate"]).norm() / exact_below["log_rate"].norm()) > 1e-2
 
 
+@pytest.mark.parametrize("bound", [None, 0.3])
+@KINDS
+def test_learning_while_it_runs(selective: bool, bound: float | None) -> None:
+    op, x, weight = _op(selective), _draw(12, D, 1), _draw(12, M, 2)
+    if bound is not None:
+        control_norm(op.project, bound)
+    optimizer = torch.optim.SGD(op.parameters(), lr=1e-3)
+    online, before = OnlineSSM(op, B), {n: p.detach().clone() for n, p in op.named_parameters()}
+    state = online._state
+    for t in range(12):
+        _losses(online.step(x[:, t]), weight[:, t]).sum().backward()
+        online.finish()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(p, before[n]) for n, p in op.named_parameters())
+    assert float((online._state - state).abs().max()) > 0
+    # what the next token is read with are the parameters as they are now
+    fresh = OnlineSSM(op, B)
+    fresh._state, fresh._traces = online._state, online._traces
+    op.eval()
+    torch.testing.assert_close(online.step(x[:, 0]), fresh.step(x[:, 0]))
+
+
+def test_a_closed_step_has_a_finite_gradient_in_float32() -> None:
+    op, x, weight = _op(True).float(), _draw(9, D, 1).float(), _draw(9, M, 2).float()
+    assert isinstance(op.gates, nn.Linear)
+    with torch.no_grad():
+        op.gates.bias[:M] = -18.0
+    found, _ = _by_traces(op, x, weight)
+    op.zero_grad()
+    _losses(op(x, {**op.tensors(), **op.inputs(x)}), weight).sum().backward()
+    for name, p in op.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=2e-3, atol=1e-6, msg=name)
+
+
 def test_traces_refuse_what_they_cannot_hold() -> None:
     with pytest.raises(ConfigError, match="mask"):
         OnlineSSM(_op(False, masked=True), 2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from toreq.core import SSM
+from toreq.core import SSM, Standardize
 from toreq.core.ssm_state import advance, at_rest, response
 from toreq.diagnostics.gradients import gradients
 from toreq.errors import ConfigError
@@ -167,3 +167,34 @@ def test_refusals() -> None:
         Recirculated(StateSpaceClassifier((N, 2), CLASSES, features=8, hidden=8, positions=True))
     with pytest.raises(ConfigError, match="at least 1 token"):
         Recirculated(_causal()).over(_symbols(), 0)
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_segments_of_padding_alone_change_nothing(selective: bool) -> None:
+    torch.manual_seed(0)
+    net = StateSpaceClassifier(
+        (8,), CLASSES, features=8, hidden=10, vocabulary=VOCABULARY, padding=0, pool="mean", selective=selective
+    )
+    whole = Recirculated(net.double().eval(), slots=3, decay=0.5)
+    short, long = _symbols(2, 10), _symbols(1, 22)
+    padded = torch.cat([torch.cat([short, torch.zeros(2, 12, dtype=torch.long)], 1), long])
+    with torch.no_grad():
+        found = whole.over(padded, 5)
+        torch.testing.assert_close(found[:2], whole.over(short, 5), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(found[2:], whole.over(long, 5), rtol=1e-7, atol=1e-9)
+        # a pause of padding between segments: the rings are where they were, each at its own age
+        _, memory = whole(short[:, :5], whole.empty(2))
+        _, waited = whole(torch.zeros(2, 5, dtype=torch.long), memory)
+        for _ in range(2):
+            for a, b in zip(whole.recall(memory), whole.recall(waited), strict=True):
+                torch.testing.assert_close(a, b)
+            (_, memory), (_, waited) = (whole(short[:, 5:], m) for m in (memory, waited))
+
+
+def test_segments_of_a_network_with_standardised_inputs() -> None:
+    torch.manual_seed(0)
+    net = StateSpaceClassifier((8, 1), CLASSES, features=8, hidden=10, pool="mean", window=1).eval()
+    x = torch.randn(2, 12, 1, generator=torch.Generator().manual_seed(4))
+    plain = Recirculated(net, slots=2).over(x, 4)
+    net.standardize(Standardize([3.0], [2.0]))
+    torch.testing.assert_close(Recirculated(net, slots=2).over(2 * x + 3, 4), plain)

@@ -80,6 +80,10 @@ class Equilibrium(nn.Module):
         self._warned: set[str] = set()
         self.last = Last()
 
+    def report_to(self, other: Equilibrium) -> None:
+        """Keep statistics, and what has been warned of, where another layer keeps its own."""
+        self.last, self._warned = other.last, other._warned
+
     def _checked(self, estimator: Estimator) -> Estimator:
         support = estimator.supports(self.dynamics)
         if not support:

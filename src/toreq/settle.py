@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from toreq.core.energy import Dynamics
-from toreq.core.state import Bindings, State, leaves, with_leaves
+from toreq.core.state import Bindings, State, laid_out, leaves, with_leaves
 from toreq.errors import ConfigError, DivergenceError
 from toreq.estimators.base import Cost, CostNudge, Estimator, FreePhase, LinearNudge, Nudge, Statistics
 from toreq.solvers import Solution, Solver
@@ -125,7 +125,11 @@ class Settle(torch.autograd.Function):
 
 def _nudge(ctx: Any, layer: Host, cotangents: Sequence[Tensor | None]) -> tuple[Nudge, Tensor | None]:
     if ctx.cost is None:
-        v = {n: c.to(ctx.h[n].dtype) for n, c in zip(layer.readout, cotangents, strict=True) if c is not None}
+        v = {
+            n: laid_out(c.to(ctx.h[n].dtype), ctx.h[n])
+            for n, c in zip(layer.readout, cotangents, strict=True)
+            if c is not None
+        }
         return LinearNudge(v), None
     cost = CostNudge(ctx.cost, layer.readout)
     size = next(iter(ctx.h.values())).shape[0]

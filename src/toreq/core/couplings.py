@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toreq.core.functions import log_cosh, tanh
 from toreq.core.operators import Operator
 from toreq.core.pickling import Picklable
-from toreq.core.state import Bound, State, difference, dot, mean, per_example
+from toreq.core.state import Bound, State, difference, dot, joined, mean, per_example
 from toreq.errors import ConfigError
 
 Only = frozenset[str] | None
@@ -187,7 +187,7 @@ class Bilinear(Coupling):
         d, m = difference(plus, minus), mean(plus, minus)
         dp = d[self.post] * per_example(weight, d[self.post])
         mp = m[self.post] * per_example(weight, m[self.post])
-        return _doubled(self.op, torch.cat([dp, mp]), torch.cat([m[self.pre], d[self.pre]]), bound)
+        return _doubled(self.op, joined([dp, mp]), joined([m[self.pre], d[self.pre]]), bound)
 
 
 def _tensors(bound: Bound) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ def _doubled(op: Operator, w: Tensor, u: Tensor, bound: Bound) -> dict[str, Tens
     """The operator's gradient for two batches in one; what depends on the input gets the sum over both."""
     if not bound.batched:
         return op.gradient(w, u, bound.shared)
-    both = bound.map(lambda t: t, lambda t: torch.cat([t] * 2))
+    both = bound.map(lambda t: t, lambda t: joined([t] * 2))
     size = w.shape[0] // 2
     grads = op.gradient(w, u, _tensors(both))
     return {k: g[:size] + g[size:] if k in both.batched else g for k, g in grads.items()}
@@ -315,16 +315,16 @@ class Potential(Coupling):
         # as for Bilinear, and phi'(z+) - phi'(z-) from z+ - z- = A(h+ - h-) too
         size = weight.shape[0]
         u, du = minus[self.node], plus[self.node] - minus[self.node]
-        both = bound.map(lambda t: t, lambda t: torch.cat([t] * 2))
+        both = bound.map(lambda t: t, lambda t: joined([t] * 2))
         tensors = {k: v for k, v in _tensors(both).items() if k not in ("bias", "drive")}
-        z, dz = self.op(torch.cat([u, du]), tensors).split(size)
+        z, dz = self.op(joined([u, du]), tensors).split(size)
         z = self._shifted(z, bound)
         slope, rise = PHI[self.phi][1:]
         p, q = slope(z + dz), slope(z)
         dp, mp = rise(dz, p, q), torch.lerp(q, p, 0.5)
         dp, mp = dp * per_example(weight, dp), mp * per_example(weight, mp)
         mu = torch.lerp(u, plus[self.node], 0.5)
-        grads = self.op.gradient(torch.cat([dp, mp]), torch.cat([mu, du]), tensors)
+        grads = self.op.gradient(joined([dp, mp]), joined([mu, du]), tensors)
         grads = {k: g[:size] + g[size:] if k in both.batched else g for k, g in grads.items()}
         if self.bias is not None:
             grads["bias"] = dp.sum_to_size(self.bias.shape)

@@ -67,8 +67,12 @@ class Dynamics(nn.Module, ABC):
             rounded: compute the drives of an energy under autocast to bfloat16.
         """
         out = {f"node_{n}": self.activation(n).bind() for n in self.names}
-        out.update(self._bind(x if self.prepare is None else self.prepare(x), rounded))
+        out.update(self._bind(self.prepared(x), rounded))
         return {k: b.map(at_least_float, at_least_float) for k, b in out.items()}
+
+    def prepared(self, x: Any) -> Any:
+        """The input as the couplings read it."""
+        return x if self.prepare is None else self.prepare(x)
 
     @abstractmethod
     def _bind(self, x: Any, rounded: bool) -> Bindings: ...

@@ -21,6 +21,11 @@ RESTING = math.log(math.e - 1)
 """Where softplus is 1: the step size of a gate that says nothing."""
 
 
+def inflow(decay: Tensor) -> Tensor:
+    r""":math:`\sqrt{1 - |a|}` of :math:`|a| = e^{-\mathrm{decay}}`, to all digits near 0, where it has no slope."""
+    return (-torch.expm1(-decay)).clamp_min(torch.finfo(decay.dtype).tiny).sqrt()
+
+
 class ShortenedChunkWarning(UserWarning):
     """A chunk was too long for its decay: the product of decays in it would overflow."""
 
@@ -166,41 +171,41 @@ class SSM(Operator):
         """The factors of :func:`~toreq.core.scan.factored` for these steps and gates."""
         step, gate_in, gate_out = steps
         rate, frequency = self.log_rate.exp().T[:, None], self.frequency.T[:, None]  # (S, 1, M)
-        # the root has no slope at 0
-        share = (-torch.expm1(-rate * step[:, None])).clamp_min(torch.finfo(step.dtype).tiny)
+        root = inflow(rate * step[:, None])
         if mask is not None:
             gate_in, gate_out = gate_in * mask[..., None], gate_out * mask[..., None]
             step = step * mask[..., None]
-        size = self._fitting(step, rate)
+        size, most = self._fitting(step, rate)
         n = step.shape[1]
         pad = -n % size
         step = F.pad(step, (0, 0, 0, pad)).unflatten(1, (-1, size))  # (B, K, T, M)
         passed = step.cumsum(2)
         half = passed[:, :, -1:] / 2
-        written, root = (passed - half).flatten(1, 2)[:, None, :n], share.sqrt()
+        written = (passed - half).flatten(1, 2)[:, None, :n]
         c = self.coefficients()[0].transpose(1, 2)[:, None, :, None]  # (2, 1, S, 1, M)
         cos, sin = (frequency * written).cos(), (frequency * written).sin()
-        inject = (root * gate_in[:, None] * (rate * written).exp())[:, None] * torch.stack([cos, -sin], 1)
+        inject = (root * gate_in[:, None] * _grown(rate * written, most))[:, None] * torch.stack([cos, -sin], 1)
         seen = (passed - half - step).flatten(1, 2)[:, None, :n]  # the time of the token before
         cos, sin = (frequency * seen).cos(), (frequency * seen).sin()
         turned = torch.stack([c[0] * cos - c[1] * sin, -(c[0] * sin + c[1] * cos)], 1)
-        read = (root * gate_out[:, None] * (-rate * seen).exp())[:, None] * turned
+        read = (root * gate_out[:, None] * _grown(-rate * seen, most))[:, None] * turned
         return {
             "inject": F.pad(inject, (0, 0, 0, pad)),
             "read": F.pad(read, (0, 0, 0, pad)),
-            "turn": self._turn(half.squeeze(2), rate, frequency),
+            "turn": self._turn(half.squeeze(2), rate, frequency, most),
         }
 
     @staticmethod
-    def _turn(half: Tensor, rate: Tensor, frequency: Tensor) -> Tensor:
+    def _turn(half: Tensor, rate: Tensor, frequency: Tensor, most: float | None) -> Tensor:
         """The decay from the middle of each chunk to the middle of the next, ``(B, 2, S, K, M)``."""
-        gap = (half + torch.cat([half[:, 1:], half[:, -1:]], 1))[:, None]
-        angle = frequency * gap
-        return torch.stack([angle.cos(), angle.sin()], 1) * (-rate * gap).exp()[:, None]
+        half = half[:, None]
+        angle, decay = frequency * _to_next(half), _to_next(_limited(rate * half, most))
+        return torch.stack([angle.cos(), angle.sin()], 1) * (-decay).exp()[:, None]
 
     @torch.no_grad()
-    def _fitting(self, step: Tensor, rate: Tensor) -> int:
-        """The chosen chunk, or a shorter one whose factors do not overflow."""
+    def _fitting(self, step: Tensor, rate: Tensor) -> tuple[int, float | None]:
+        """The chosen chunk, or a shorter one whose factors do not overflow; and what limits half the decay of a single
+        token, None where nothing has to."""
         size = wanted = min(self.chunk, step.shape[1])
         most = _REACH.get(step.dtype, _USUAL_REACH)
         rate = rate.amax(0).squeeze(0)
@@ -217,7 +222,7 @@ class SSM(Operator):
                 ShortenedChunkWarning,
                 stacklevel=2,
             )
-        return size
+        return size, None if reach <= most else most / 2
 
     @staticmethod
     def _reach(step: Tensor, rate: Tensor, size: int) -> float:
@@ -242,6 +247,10 @@ class SSM(Operator):
         v = (t["weight"] @ u.flatten(0, 1).T).view(-1, *u.shape[:2])
         return self._scan(v.permute(1, 2, 0), t, reverse=False)
 
+    def add(self, acc: Tensor | None, u: Tensor, t: Tensors) -> Tensor:
+        # the scan's own order of memory, in which its adjoint reads without a copy, is that of the first term
+        return self.forward(u, t) if acc is None else self.forward(u, t) + acc
+
     def adjoint(self, w: Tensor, t: Tensors | None = None) -> Tensor:
         t = self._t(t)
         v = self._scan(w, t, reverse=True)
@@ -252,6 +261,7 @@ class SSM(Operator):
     def _scan(self, v: Tensor, t: Tensors, reverse: bool) -> Tensor:
         """The scan of the channels ``(B, N, M)``, which when time-invariant are best laid out as ``(M, B, N)``."""
         mask = t.get("mask")
+        self._check_length(v.shape[1], t)
         v = v if mask is None else v * mask
         if self.selective:
             # masked tokens neither write nor read: the factors hold the mask
@@ -260,6 +270,17 @@ class SSM(Operator):
             v.permute(2, 0, 1).contiguous(), t["within"], t["inject"], t["read"], t["turn"], reverse
         ).permute(1, 2, 0)  # fmt: skip
         return y if mask is None else y * mask
+
+    def _check_length(self, n: int, t: Tensors) -> None:
+        if self.selective:
+            most, chunks = t["inject"].shape[3], t["turn"].shape[3]
+            fits, wanted = most - most // chunks < n <= most, f"{most - most // chunks + 1} to {most}"
+        else:
+            fits, wanted = "mask" not in t or t["mask"].shape[1] == n, str(t["mask"].shape[1]) if "mask" in t else ""
+        if not fits:
+            raise ConfigError(
+                f"SSM: expected {wanted} tokens, as its inputs have, got {n}; take inputs(x) of the same sequences"
+            )
 
     def gradient(self, w: Tensor, u: Tensor, t: Tensors) -> Tensors:
         with torch.enable_grad():
@@ -275,21 +296,22 @@ class SSM(Operator):
         self,
         iterations: int = 50,
         generator: torch.Generator | None = None,
-        length: int = 256,
+        length: int | None = None,
         t: Tensors | None = None,
     ) -> float:
-        r"""Largest singular value for sequences of ``length`` tokens, by power iteration on :math:`A^\top A`.
+        r"""Largest singular value for sequences of N tokens, by power iteration on :math:`A^\top A`.
 
         Args:
             iterations: number of applications of :math:`A^\top A`, at least 1.
             generator: source of the start vector; seed 0 when None.
-            length: N.
-            t: the tensors, with :meth:`inputs` of B examples of that length where these are needed: the largest over
-                them.
+            length: N; None for that of the inputs, and 256 where there are none.
+            t: the tensors, with :meth:`inputs` of B examples where these are needed: the largest over them.
         """
         t = self._t(t)
         weight = t["weight"]
         generator = generator or torch.Generator(device=weight.device).manual_seed(0)
+        if length is None:
+            length = t["inject"].shape[3] if self.selective else t["mask"].shape[1] if "mask" in t else 256
         batch = max((v.shape[0] for k, v in t.items() if k == "mask" or (self.selective and k == "turn")), default=1)
         shape = (batch, length, *self.in_shape)
         v = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
@@ -321,20 +343,51 @@ class SSM(Operator):
     @torch.no_grad()
     def norm_limit(self, points: int = 512) -> float:
         r"""Closed form of the norm of the time-invariant map for ever longer sequences, which bounds it for all:
-        :math:`\max_\theta\sigma_{\max}(\mathrm{diag}(H(\theta))\,W)`.
+        :math:`\max_\theta\sigma_{\max}(\mathrm{diag}(H(\theta))\,W)`, the maximum looked for on a grid that is
+        refined around the best three.
 
         Args:
-            points: frequencies in [0, pi], beside those of the modes themselves.
+            points: frequencies in [0, pi], beside those of the modes and of their flanks.
         """
+        rate, frequency = self.log_rate.exp().flatten(), self.frequency.abs().flatten()
+        # a slow mode's peak is as narrow as its rate, and another mode's phase moves it off the centre
+        flanks = [frequency + k * rate for k in (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)]
+        grid = torch.linspace(0, math.pi, points, dtype=rate.dtype, device=rate.device)
+        angles = torch.cat([grid, *flanks]).clamp(0, math.pi).unique()
+        sizes = self._sizes(angles)
+        best = float(sizes.amax())
+        for i in sizes.topk(min(3, len(angles))).indices.tolist():
+            low, high = float(angles[max(i - 1, 0)]), float(angles[min(i + 1, len(angles) - 1)])
+            for _ in range(3):
+                near = torch.linspace(low, high, 17, dtype=rate.dtype, device=rate.device)
+                found = self._sizes(near)
+                best, j = max(best, float(found.amax())), int(found.argmax())
+                low, high = float(near[max(j - 1, 0)]), float(near[min(j + 1, 16)])
+        return best
+
+    def _sizes(self, angles: Tensor) -> Tensor:
+        r""":math:`\sigma_{\max}(\mathrm{diag}(H(\theta))\,W)` for each angle."""
         weight = self.project.tensors()["weight"]
-        grid = torch.linspace(0, math.pi, points, dtype=weight.dtype, device=weight.device)
-        size = self.transfer(torch.cat([grid, self.frequency.detach().abs().flatten()])).abs().square()
-        gram = torch.einsum("md,fm,me->fde", weight, size, weight)
-        return float(torch.linalg.eigvalsh(gram)[:, -1].amax().sqrt())
+        gram = torch.einsum("md,fm,me->fde", weight, self.transfer(angles).abs().square(), weight)
+        return torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0).sqrt()
 
     def extra_repr(self) -> str:
         kind = "selective" if self.selective else "time-invariant"
         return f"{self.in_shape} -> {self.out_shape}, states={self.states}, chunk={self.chunk}, {kind}"
 
 
-__all__ = ["SSM", "ShortenedChunkWarning"]
+def _limited(exponent: Tensor, most: float | None) -> Tensor:
+    # more than this is forgotten to the last digit, in one token, and would overflow on its way back
+    return exponent if most is None else exponent.clamp_max(most)
+
+
+def _grown(exponent: Tensor, most: float | None) -> Tensor:
+    return _limited(exponent, most).exp()
+
+
+def _to_next(half: Tensor) -> Tensor:
+    """What lies between the middles of neighbouring chunks ``(B, ., K, M)``; the last has no neighbour."""
+    return half + torch.cat([half[:, :, 1:], half[:, :, -1:]], 2)
+
+
+__all__ = ["SSM", "ShortenedChunkWarning", "inflow"]

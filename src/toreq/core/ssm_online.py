@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toreq.core.ssm import RESTING, SSM
+from toreq.core.ssm import RESTING, SSM, inflow
 from toreq.errors import ConfigError
 
 
@@ -29,6 +29,8 @@ class OnlineSSM:
             loss(head(online.step(x[:, t]).tanh()), y[:, t]).backward()
         online.finish()
 
+    or, to learn at every token, ``finish``, a step of the optimizer and ``zero_grad`` within the loop.
+
     For one recurrent layer on given inputs that is the gradient of the summed losses, exactly. Inputs that themselves
     come from a graph (an embedding that learns, a recurrent layer below) are given the instantaneous part of their
     gradient only: what they do by way of the state is cut off, and :attr:`truncated` says so.
@@ -48,6 +50,20 @@ class OnlineSSM:
                 f"gates={type(op.gates).__name__}; the trace of other gates' parameters is not per channel"
             )
         self.op, self.truncated = op, False
+        self._effective: dict[str, Tensor] = {}
+        self._leaf: dict[str, Tensor] = {}
+        channels, states = op.log_rate.shape
+        wide = torch.complex128 if op.log_rate.dtype == torch.float64 else torch.complex64
+        self._state = torch.zeros(batch, channels, states, dtype=wide, device=op.log_rate.device)
+        # of step sizes and input gates, the last column is the bias
+        inputs = {"log_rate": 0, "frequency": 0, "weight": op.in_shape[0]}
+        if isinstance(op.gates, nn.Linear):
+            inputs |= {"step": op.gates.in_features + 1, "gate_in": op.gates.in_features + 1}
+        self._traces = {k: self._state[..., None].expand(*self._state.shape, max(n, 1)) for k, n in inputs.items()}
+
+    def _bind(self) -> None:
+        """Take the operator's parameters as they are now."""
+        op = self.op
         c, d = op.coefficients()
         self._effective = {
             "weight": op.project.tensors()["weight"],
@@ -59,15 +75,8 @@ class OnlineSSM:
         if isinstance(op.gates, nn.Linear):
             self._effective["gates"] = op.gates.weight
             self._effective["gate_bias"] = op.gates.bias
-        self._leaf = {k: v.detach().requires_grad_() for k, v in self._effective.items()}
-        channels, states = op.log_rate.shape
-        wide = torch.complex128 if op.log_rate.dtype == torch.float64 else torch.complex64
-        self._state = torch.zeros(batch, channels, states, dtype=wide, device=op.log_rate.device)
-        # of step sizes and input gates, the last column is the bias
-        inputs = {"log_rate": 0, "frequency": 0, "weight": op.in_shape[0]}
-        if isinstance(op.gates, nn.Linear):
-            inputs |= {"step": op.gates.in_features + 1, "gate_in": op.gates.in_features + 1}
-        self._traces = {k: self._state[..., None].expand(*self._state.shape, max(n, 1)) for k, n in inputs.items()}
+        # copies: an optimizer changes parameters in place
+        self._leaf = {k: v.detach().clone().requires_grad_() for k, v in self._effective.items()}
 
     @property
     def size(self) -> int:
@@ -82,6 +91,8 @@ class OnlineSSM:
             x: what the gates read, ``(B, F)``; u when None.
         """
         x = u if x is None else x
+        if not self._leaf:
+            self._bind()
         self.truncated = self.truncated or u.requires_grad or x.requires_grad
         p = self._leaf
         with torch.enable_grad():
@@ -90,8 +101,7 @@ class OnlineSSM:
             before.register_hook(lambda q: self._credit(q, traces))
             v = F.linear(u, p["weight"])
             step, gate_in, gate_out = self._gates(x)
-            size = (-p["log_rate"].exp() * step).exp()
-            root = (1 - size).sqrt()
+            root = inflow(p["log_rate"].exp() * step)
             read = torch.complex(p["c"][0], p["c"][1]) * root * before
             out = gate_out[..., 0] * read.real.sum(-1) + p["d"] * v
         self._move(u.detach(), x.detach(), v.detach(), (step.detach(), gate_in.detach()))
@@ -113,9 +123,10 @@ class OnlineSSM:
         rate, omega = self._leaf["log_rate"].exp(), self._leaf["frequency"]
         lam = torch.complex(-rate, omega)
         size = (-rate * step).exp()
-        a, root = torch.polar(size, omega * step), (-torch.expm1(-rate * step)).sqrt()
+        a, root = torch.polar(size, omega * step), inflow(rate * step)
         s, v = self._state, v[..., None]
-        steeper = rate * size / (2 * root)  # d root / d step
+        # d root / d step; none where the root's own argument is held above 0
+        steeper = torch.where(rate * step > torch.finfo(rate.dtype).tiny, rate * size / (2 * root), 0.0)
         moves = {
             "log_rate": (-rate * step * a * s + steeper * step * gate * v)[..., None],
             "frequency": (1j * step * a * s)[..., None],
@@ -148,11 +159,14 @@ class OnlineSSM:
         leaf.grad = grad if leaf.grad is None else leaf.grad + grad
 
     def finish(self) -> None:
-        """Hand the gradient of all tokens so far to the operator's parameters; the state stays."""
+        """Hand the gradient of all tokens so far to the operator's parameters; the state and its traces stay.
+
+        The next token is read with the parameters as they are then. After a step of an optimizer the traces are those
+        of earlier weights, an error of the order of that step.
+        """
         pairs = [(self._effective[k], p.grad) for k, p in self._leaf.items() if p.grad is not None]
-        torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs], retain_graph=True)
-        for p in self._leaf.values():
-            p.grad = None
+        torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+        self._effective, self._leaf = {}, {}
 
 
 __all__ = ["OnlineSSM"]

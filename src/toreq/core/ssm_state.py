@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toreq.core.ssm import SSM
+from toreq.core.ssm import SSM, inflow
 from toreq.errors import ConfigError
 
 
@@ -31,8 +31,7 @@ def _passage(op: SSM, x: Any, length: int) -> _Passage:
     rate = op.log_rate.exp()
     one = torch.ones(1, length, op.out_shape[0], dtype=rate.dtype, device=rate.device)
     step, gate_in, gate_out = (one, one, one) if op.gates is None else op.steps(x)
-    # 1 - |a|, whose root has no slope at 0
-    root = (-torch.expm1(-rate * step[..., None])).clamp_min(torch.finfo(rate.dtype).tiny).sqrt()
+    root = inflow(rate * step[..., None])
     if op.mask is not None:
         mask = op.mask(x).to(rate.dtype)[..., None]
         gate_in, gate_out = gate_in * mask, gate_out * mask

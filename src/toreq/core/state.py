@@ -6,7 +6,7 @@ A *state* maps node names to tensors of shape ``(B, *node_shape)``. What depends
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,7 +63,32 @@ def detached(bindings: Bindings) -> Bindings:
 
 def repeated(bindings: Bindings, times: int) -> Bindings:
     """The batch stacked ``times`` times along its first axis: ``(B, ...) -> (times * B, ...)``."""
-    return {name: b.map(_same, lambda t: torch.cat([t] * times)) for name, b in bindings.items()}
+    return {name: b.map(_same, lambda t: joined([t] * times)) for name, b in bindings.items()}
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape one after the other along the batch, in the memory order of the first.
+
+    ``torch.cat`` turns an order of its own, as a scan's channels first, into the usual one, and every operation of both
+    orders then takes several times as long.
+    """
+    first = parts[0]
+    if first.dim() < 3 or first.is_contiguous():
+        return torch.cat(list(parts))
+    if first.stride(0) == 0 and all(part is first for part in parts):
+        return first[:1].expand(len(parts) * first.shape[0], *first.shape[1:])
+    order = sorted(range(first.dim()), key=first.stride, reverse=True)
+    if not first.permute(order).is_contiguous():
+        return torch.cat(list(parts))
+    whole = torch.cat([part.permute(order) for part in parts], order.index(0))
+    return whole.permute([order.index(i) for i in range(first.dim())])
+
+
+def laid_out(t: Tensor, like: Tensor) -> Tensor:
+    """The same numbers in the memory order of another tensor of that shape."""
+    if t.stride() == like.stride() or t.shape != like.shape or t.dim() < 3:
+        return t
+    return torch.empty_like(like, dtype=t.dtype).copy_(t)
 
 
 def rows(t: Tensor, index: Tensor) -> Tensor:
@@ -121,6 +146,11 @@ def chosen(which: Tensor, first: State, second: State) -> State:
     return {n: torch.where(per_example(which, t), t, second[n]) for n, t in first.items()}
 
 
+def chosen_pair(which: Tensor, first: tuple[State, State], second: tuple[State, State]) -> tuple[State, State]:
+    """`chosen` for pre-activations and states ``(a, h)`` together."""
+    return chosen(which, first[0], second[0]), chosen(which, first[1], second[1])
+
+
 def scaled(state: State, weight: Tensor) -> State:
     """Every node times one number per example."""
     return {k: t * per_example(weight, t) for k, t in state.items()}
@@ -136,7 +166,7 @@ def added(a: State, b: State) -> State:
 
 def stacked(*states: State) -> State:
     """States of the same nodes put into one larger batch."""
-    return {k: torch.cat([s[k] for s in states]) for k in states[0]}
+    return {k: joined([s[k] for s in states]) for k in states[0]}
 
 
 def take(state: State, index: Tensor) -> State:

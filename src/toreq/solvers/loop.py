@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from toreq.core.state import State, chosen, rows, take
+from toreq.core.state import State, chosen_pair, rows, take
 from toreq.solvers.problem import Measure, Problem, Reducible, each_node, reduced
 from toreq.solvers.solution import Solution, Step, Trace
 
@@ -96,14 +96,14 @@ class Loop:
         new = (self.a, self.h)
         if self.settled > before:
             kept = solver.checked(self.carry, old, new) if solver.extrapolates() else new
-            self.kept = _where(self.done, self.kept, kept) if before else kept
+            self.kept = chosen_pair(self.done, self.kept, kept) if before else kept
         self.done = settled
         ends = last or self.settled == size
         if not ends and not finite:
             # an example that overflowed cannot settle any more, but must not stop the others
             ends = bool((self.done | ~torch.isfinite(ratio)).all())
         if ends and self.settled < size:
-            self.kept = _where(self.done, self.kept, new) if self.settled else new
+            self.kept = chosen_pair(self.done, self.kept, new) if self.settled else new
         return ends
 
     def _compact(self) -> None:
@@ -165,10 +165,6 @@ class _Part:
     steps: Tensor
     residual: Tensor
     converged: Tensor
-
-
-def _where(done: Tensor, a: tuple[State, State], b: tuple[State, State]) -> tuple[State, State]:
-    return chosen(done, a[0], b[0]), chosen(done, a[1], b[1])
 
 
 def _trace(log: list[tuple[Tensor, Tensor | None, State | None]]) -> Trace | None:

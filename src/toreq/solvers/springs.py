@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from toreq.core.operators import Operator
-from toreq.core.state import State, chosen, norm
+from toreq.core.state import State, chosen_pair, norm
 from toreq.solvers.problem import Joint, Layered
 
 GOAL, ACCEPTED = 0.05, 0.25
@@ -141,17 +141,13 @@ def settle_chain(
         if not bool((good | ~active).all()):
             joint, plain = (_swept(problem, chain, field, start, *s) for s in (new, (a, h)))
             ends = [norm(_rest(chain, field, start, *s)) for s in (joint, plain)]
-            new = _chosen(good, new, _chosen(ends[0] < ends[1], joint, plain))
+            new = chosen_pair(good, new, chosen_pair(ends[0] < ends[1], joint, plain))
             left = torch.where(good, left, torch.where(ends[0] < ends[1], *ends))
             remaining = _rest(chain, field, start, *new)
-        a, h = new if bool(active.all()) else _chosen(active, new, (a, h))
+        a, h = new if bool(active.all()) else chosen_pair(active, new, (a, h))
         rest, size = remaining, torch.where(active, left, size)
         active = active & (size > goal)
     return a, h
-
-
-def _chosen(which: Tensor, first: tuple[State, State], second: tuple[State, State]) -> tuple[State, State]:
-    return chosen(which, first[0], second[0]), chosen(which, first[1], second[1])
 
 
 def _swept(problem: Layered, chain: Chain, field: State, start: State, a: State, h: State) -> tuple[State, State]:

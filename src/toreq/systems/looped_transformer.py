@@ -122,7 +122,9 @@ class LoopedTransformer(System):
         gated: add a gated lateral coupling over the features.
         coupling_scale: initial deviation of all couplings times :math:`\sqrt D`; settles at 0.5 or less.
         norm_bound: bounds the linear part of every coupling's Jacobian to an equal share of this; None: free. (Softmax
-            adds a part that depends on the keys' spread: the trained radius is measured, not bounded.)
+            holds its share only where attention is even, since a matrix of its weights has a norm of 1 to the root of
+            the number of tokens, and adds a part that depends on the keys' spread: the trained radius is measured, not
+            bounded.)
     """
 
     def __init__(
@@ -164,7 +166,8 @@ class LoopedTransformer(System):
         if kind is not None:
             attend = kind("tokens", features, heads, scale=scale)
             if share is not None:
-                # its field has two parts, through queries and keys, each of norm |W_q||W_k|
+                # its field has two parts, through queries and keys, each |W_q||W_k| times the norm of the mixing
+                # matrix, which for softmax is 1 only where attention is even
                 control_norm(attend, math.sqrt(share / 2), "query")
                 control_norm(attend, math.sqrt(share / 2), "key")
             couplings.append(attend)

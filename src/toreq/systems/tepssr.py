@@ -56,7 +56,7 @@ class TEPSSR(System):
     the potential :math:`\sum\log\cosh(S_x h_0 + c)`: what one layer with g = 1 amounts to once it has settled.
 
     Subclasses say what is read out: the last layer. With ``positions=False`` and no token-wise weights in the read-out
-    any number of tokens will do, whatever ``input_shape`` says.
+    any number of symbols or numbers will do, whatever ``input_shape`` says; images are of its size.
 
     Args:
         input_shape: ``(C, H, W)``, ``(N, F)`` numbers, or ``(N,)`` of symbol indices with ``vocabulary``.
@@ -83,8 +83,9 @@ class TEPSSR(System):
         chunk: tokens per matrix product; when None a divisor of N of at most 64, or 32 where selective.
         coupling_scale: initial deviation of all couplings times the root of their inputs' size.
         norm_bound: bounds the linear part of the relaxation's Jacobian, by equal shares for the state-space maps
-            together and the attention; None: free. (Softmax adds a part that depends on the keys' spread: the trained
-            radius is measured, not bounded.)
+            together and the attention; None: free. (Softmax holds its share only where attention is even, since a
+            matrix of its weights has a norm of 1 to the root of N, and adds a part that depends on the keys' spread:
+            the trained radius is measured, not bounded.)
     """
 
     causal = False
@@ -242,7 +243,8 @@ class TEPSSR(System):
                 self.mask, "tokens", self.features, **options
             )  # fmt: skip
         if share is not None:
-            # its field has two parts, through queries and keys, each of norm |W_q||W_k|
+            # its field has two parts, through queries and keys, each |W_q||W_k| times the norm of the mixing matrix,
+            # which for softmax is 1 only where attention is even
             for name in ("query", "key"):
                 control_norm(attend, math.sqrt(share / 2), name)
         return attend

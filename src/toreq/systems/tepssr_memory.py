@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -26,8 +28,9 @@ class Recirculated(nn.Module):
 
     :math:`q_r` the state in which the segment r + 1 before this one ended: a weighted mean, so that no state grows by
     going round, and for small :math:`\rho` the last one. The ring is clamped in both phases of a segment, and written
-    after it; nothing is learned across a border. For a causal network and :math:`\rho \to 0` the segments give what the
-    whole sequence gives; otherwise a token hears the segments before, and none after, its own.
+    after it; nothing is learned across a border, and a segment of padding alone leaves no trace. For a causal network
+    and :math:`\rho \to 0` the segments give what the whole sequence gives; otherwise a token hears the segments
+    before, and none after, its own.
 
     Args:
         net: takes any number of symbols or numbers.
@@ -76,36 +79,56 @@ class Recirculated(nn.Module):
         segment = Segment(x, self.recall(memory))
         own, names = self.net.equilibrium, self.net.equilibrium.dynamics.names
         layer = Equilibrium(own.dynamics, own.solver, own.estimator, readout=names, warn=own.warn)
-        # statistics are looked for at the layer that is part of the network
-        layer.last = own.last
+        layer.report_to(own)
         h = layer(segment)
         logits = self.net.head(h[names[-1]], None if self.net.mask is None else self.net.mask(x))
-        return logits, self._written(h, segment, memory)
+        return logits, self._written(h, own.dynamics.prepared(segment), memory)
+
+    def real(self, x: Tensor) -> Tensor | None:
+        """Which examples have any token in a segment that is no padding, ``(B,)``; None where there is none."""
+        return None if self.net.mask is None else self.net.mask(x).any(1)
 
     @torch.no_grad()
     def _written(self, h: dict[str, Tensor], segment: Segment, memory: Memory) -> Memory:
-        out = []
+        out, real = [], self.real(segment.x)
         sources = [*self.net.equilibrium.dynamics.names][: len(memory)]
         for op, name, state, ring, held in zip(
             self.net.maps(), sources, segment.states, self.rings, memory, strict=True
         ):
             border = torch.view_as_real(advance(op, h[name].detach(), state, segment)).flatten(1)
-            out.append(ring.write(ring.advance(held), border))
+            new = ring.write(ring.advance(held), border)
+            out.append(new if real is None else _moved(real, new, held))
         return tuple(out)
 
     def over(self, x: Tensor, size: int) -> Tensor:
         """A whole sequence in segments of ``size`` tokens, the last one possibly shorter.
 
         Returns:
-            the last segment's logits ``(B, C)`` where a sequence has one label, otherwise those of all tokens.
+            the logits ``(B, C)`` of each sequence's last segment with a token in it where a sequence has one label,
+            otherwise those of all tokens.
         """
         if size < 1:
             raise ConfigError(f"Recirculated.over: expected segments of at least 1 token, got {size}; e.g. 64")
         memory, found = self.empty(len(x)), []
         for part in x.split(size, dim=1):
             logits, memory = self(part, memory)
+            real = self.real(part)
+            if found and logits.dim() == 2:
+                last = found.pop()
+                logits = logits if real is None else torch.where(real[:, None], logits, last)
             found.append(logits)
-        return torch.cat(found, 1) if found[-1].dim() == 3 else found[-1]
+        return torch.cat(found, 1)
+
+
+def _moved(which: Tensor, new: MemoryState, old: MemoryState) -> MemoryState:
+    """The new ring of the examples ``which``, and for the others what the old one held at every age."""
+    which, count = which[:, None], len(new.rows)
+    rows = [torch.where(which, new.row(age), old.row(age)) for age in range(count)]
+    return replace(
+        new,
+        rows=tuple(rows[(new.head - place) % count] for place in range(count)),
+        fading=torch.where(which, new.fading, old.fading),
+    )
 
 
 __all__ = ["Memory", "Recirculated"]

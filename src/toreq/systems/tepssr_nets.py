@@ -14,7 +14,7 @@ from toreq.estimators import Estimator
 from toreq.solvers import Solver
 from toreq.systems.base import System
 from toreq.systems.tepssr import TEPSSR
-from toreq.systems.tepssr_parts import CausalBlock, CausalField, Stream
+from toreq.systems.tepssr_parts import POOLS, CausalBlock, CausalField, Stream
 
 IGNORED = -100
 """The label of a position without a target."""
@@ -58,6 +58,11 @@ class StateSpaceClassifier(TEPSSR):
         coupling_scale: float = 0.4,
         norm_bound: float | None = 0.9,
     ) -> None:
+        if pool == "tokens":
+            raise ConfigError(
+                f"StateSpaceClassifier: expected pool in {POOLS} or a number of parts, got 'tokens'; use "
+                "StateSpaceTagger for a label of every token"
+            )
         super().__init__(
             input_shape,
             num_classes,
@@ -261,4 +266,4 @@ ARCHITECTURES: dict[str, type[System]] = {
     "tagger": StateSpaceTagger,
     "causal": CausalStateSpace,
 }
-"""``arch=`` of ``create("tepssr", ...)``; the first is the default."""
+"""All that there are, by name; ``create("tepssr", ...)`` has the first, which gives one label for an input."""

@@ -176,6 +176,9 @@ class _Elastic(Dynamics):
     elastic: bool = False
     encoding: int = 0
 
+    def prepared(self, x: Any) -> Any:
+        return x._replace(x=super().prepared(x.x)) if isinstance(x, Segment) else super().prepared(x)
+
     def initial(self, bindings: Bindings) -> State:
         a = super().initial(bindings)  # type: ignore[safe-super]
         static = self.static(bindings) if self.encoding else {}
@@ -272,7 +275,7 @@ class Reader(nn.Module):
 
     def __init__(self, count: int, features: int, num_classes: int, pool: int | str) -> None:
         super().__init__()
-        if not (pool in (*POOLS, "tokens") if isinstance(pool, str) else pool >= 1):
+        if not (pool in (*POOLS, "tokens") if isinstance(pool, str) else isinstance(pool, int) and pool >= 1):
             raise ConfigError(
                 f"TEPSSR: expected pool in {POOLS} or a number of parts >= 1, got {pool!r}; {nearest(str(pool), POOLS)}"
             )

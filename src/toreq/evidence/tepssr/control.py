@@ -32,17 +32,17 @@ WINDOW, FEATURES, HIDDEN = 4, 16, 32
 RATE, TRIALS = 3e-3, 2
 SPACE = Space({"learning_rate": Real(1e-3, 1e-2, log=True)})
 GAIN = 0.8
-SPENT = "log of steps to threshold, or all"
+SPENT, REACHED, HALF = "log of steps to threshold, or all", "threshold reached", 50.0
 _COPIES = {"envs": 16, "rollout": 64, "batch": 512, "epochs": 6, "rate": RATE}
 SIZES = {
     "pendulum": {
         "smoke": Sizes(steps=8, every=8, episodes=1, final=1, envs=2, rollout=2, batch=4, epochs=1, rate=RATE),
-        "quick": Sizes(steps=4096, every=1024, episodes=3, final=3, **_COPIES),
+        "quick": Sizes(steps=16_384, every=1024, episodes=3, final=3, **_COPIES),
         "full": Sizes(steps=20_480, every=1024, episodes=5, final=20, **_COPIES),
     },
     "hopper": {
         "smoke": Sizes(steps=8, every=8, episodes=1, final=1, envs=2, rollout=2, batch=4, epochs=1, rate=RATE),
-        "quick": Sizes(steps=4096, every=1024, episodes=3, final=3, **_COPIES),
+        "quick": Sizes(steps=30_720, every=1024, episodes=3, final=3, **_COPIES),
         "full": Sizes(steps=102_400, every=5120, episodes=5, final=20, **_COPIES),
     },
 }
@@ -122,7 +122,8 @@ def run(trial: Trial) -> Outcome:
     found = control.run(trunk(trial), trial, task(name, trial.budget))
     steps = found.metrics["steps to threshold, or all"].value
     assert steps is not None
-    metrics = {**found.metrics, SPENT: Quantity(math.log(max(steps, 1.0)), "ln steps")}
+    reached = 100.0 * (found.metrics["steps to threshold"].value is not None)
+    metrics = {**found.metrics, SPENT: Quantity(math.log(max(steps, 1.0)), "ln steps"), REACHED: Quantity(reached, "%")}
     return replace(found, metrics=metrics, curves={name: found.curves["return"]})
 
 
@@ -148,14 +149,23 @@ SIDES = {
 
 
 def _criteria() -> tuple[Criterion, ...]:
-    return tuple(
-        Criterion(
-            f"{name}: {SPENT}, against backprop", SPENT, "ln steps", "at_most", f"{name} {nets.OWN}",
-            words=">80% sample efficiency gain in RL", target=-math.log(1 + GAIN), versus=(f"{name} {nets.FORWARD}",),
-            beside=(f"{name} {nets.IMPLICIT}",) if name == "hopper" else (), seeds=SEEDS[name],
-        )
-        for name in NAMES
-    )  # fmt: skip
+    found: list[Criterion] = []
+    for name in NAMES:
+        own, twin = f"{name} {nets.OWN}", f"{name} {nets.FORWARD}"
+        found.append(
+            Criterion(
+                f"{name}: {SPENT}, against backprop", SPENT, "ln steps", "at_most", own,
+                words=">80% sample efficiency gain in RL", target=-math.log(1 + GAIN), versus=(twin,),
+                beside=(f"{name} {nets.IMPLICIT}",) if name == "hopper" else (), seeds=SEEDS[name],
+            )
+        )  # fmt: skip
+        found.append(
+            Criterion(
+                f"{name}: runs of backprop that reach the threshold", REACHED, "%", "at_least", twin, target=HALF,
+                beside=(own,), seeds=SEEDS[name], condition=True,
+            )
+        )  # fmt: skip
+    return tuple(found)
 
 
 def _protocol() -> str:
@@ -174,8 +184,9 @@ def _protocol() -> str:
     batches of {one.batch}. The mean action is tested at equal distances on episodes whose starts are the same for all
     sides. Adam's rate is tuned on each side in {TRIALS} trials of half the training by the mean return over it, under a
     seed of its own. Judged is the logarithm of the steps to the threshold, all of them where it was not reached, paired
-    by seed: {-math.log(1 + GAIN):.3f} is a sample efficiency {100 * GAIN:g}% above. On Hopper the implicit gradient
-    of the same network stands beside it.
+    by seed: {-math.log(1 + GAIN):.3f} is a sample efficiency {100 * GAIN:g}% above. It counts
+    only where backprop reaches the threshold in half of its runs. On Hopper the implicit gradient of the same network
+    stands beside it.
     """
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from toreq.core import SSM
 from toreq.core.scan import sequential
+from toreq.core.ssm import inflow
 from toreq.core.ssm_online import OnlineSSM
 from toreq.data import seeded
 from toreq.diagnostics.memory import MEBIBYTE, fixed_steps, peak_bytes
@@ -79,7 +80,7 @@ def _through_time(net: nn.ModuleDict, u: Tensor, y: Tensor) -> None:
     step, gate_in, gate_out = op.steps(u)
     c, d = op.coefficients()
     rate = op.log_rate.exp() * step[..., None]
-    root = (-torch.expm1(-rate)).sqrt()
+    root = inflow(rate)
     decay = torch.polar((-rate).exp(), op.frequency * step[..., None])
     read = torch.complex(c[0], c[1]) * root * gate_out[..., None]
     z = sequential(v, decay, (root * gate_in[..., None]).to(decay.dtype), read) + d * v
@@ -97,10 +98,14 @@ def disagreement(length: int, seed: int, hidden: int) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def _network_step(side: str, steps: int, seed: int, budget_small: bool) -> Callable[[], None]:
+def _network(count: int, seed: int) -> StateSpaceClassifier:
     torch.manual_seed(seed)
+    return StateSpaceClassifier((count, 2), CLASSES, features=FEATURES, hidden=HIDDEN, attention="none")
+
+
+def _network_step(side: str, steps: int, seed: int, budget_small: bool) -> Callable[[], None]:
     count = 6 if budget_small else TOKENS
-    net = StateSpaceClassifier((count, 2), CLASSES, features=FEATURES, hidden=HIDDEN, attention="none")
+    net = _network(count, seed)
     net.equilibrium.warn = False  # the number of steps is fixed, settled or not
     fixed: Any = fixed_steps(net, steps, "unrolled" if side == "unrolled" else None)
     x = torch.randn(BATCH, count, 2, generator=seeded(seed, 4))
@@ -153,7 +158,7 @@ def _settled(side: str, size: int, *, seed: int, small: bool) -> Callable[[], ob
 def _parameters(side: str, seed: int) -> int:
     if side in ("online", "bptt"):
         return counting.parameters(layer_step(side, 2, seed, HIDDEN)())
-    return counting.parameters(StateSpaceClassifier((TOKENS, 2), CLASSES, features=FEATURES, hidden=HIDDEN))
+    return counting.parameters(_network(TOKENS, seed))
 
 
 CLAIM = Claim(

@@ -12,7 +12,9 @@ from toreq.core import SSM, control_norm
 from toreq.data import SequenceTask
 from toreq.estimators import Estimator, Implicit
 from toreq.evidence.protocols.sequences import models
-from toreq.layer import Equilibrium, equilibria
+from toreq.evidence.protocols.sequences.parts import Embedding
+from toreq.layer import Equilibrium, equilibria, wrap
+from toreq.solvers import Anderson
 from toreq.systems.tepssr import TEPSSR, chunk_for
 from toreq.systems.tepssr_nets import StateSpaceClassifier, StateSpaceTagger
 
@@ -20,6 +22,7 @@ SEED_FILE = "004_20577c1546d9a984.txt"
 OWN, IMPLICIT, FORWARD = "tepssr", "bp-eq", "bp-ff"
 """Sides of one network: its own estimator, the implicit gradient, and its feed-forward twin by backprop."""
 LOOPED, LOOPED_BP, LSTM, DIAGONAL = "looped", "looped-bp", "lstm", "ssm"
+FUSED = "looped-fused"
 BASELINES = {LOOPED: "looped-eqprop", LOOPED_BP: "looped-implicit", LSTM: "lstm", DIAGONAL: "ssm"}
 """Sides of the shared sequence protocol by their names there."""
 WORDS = {
@@ -28,10 +31,11 @@ WORDS = {
     FORWARD: "one upward pass of the same network, backprop",
     LOOPED: "the looped transformer, centered EqProp, fast settings",
     LOOPED_BP: "the looped transformer with the implicit gradient (backprop at equilibrium), fast settings",
+    FUSED: "an ordinary block of fused softmax attention and a perceptron in a loop, implicit gradient, fast settings",
     LSTM: "LSTM, backprop through time",
     DIAGONAL: "two blocks of diagonal state spaces (S4D), backprop through time",
 }
-BOUND = 0.9
+BOUND, HEADS = 0.9, 4
 """Of the blocks below: bounds the linear part of their Jacobian, by equal shares for their paths."""
 
 
@@ -71,6 +75,11 @@ def build(side: str, made: SequenceTask, seed: int, device: str = "cpu", **optio
             torch.manual_seed(seed)
             return net.feedforward().to(device)
     parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    if side == FUSED:
+        with torch.random.fork_rng(devices=[]):
+            sizes = {n: sum(p.numel() for p in FusedLoop(made, n).parameters()) for n in range(HEADS, 129, HEADS)}
+            torch.manual_seed(seed)
+            return FusedLoop(made, min(sizes, key=lambda n: abs(sizes[n] - parameters))).to(device)
     return models.build(BASELINES[side], made, parameters, seed, device)
 
 
@@ -123,6 +132,31 @@ class Block(nn.Module):
         if "mlp" in self.paths:
             out = out + self.outer((self.inner(h) + self.bias).tanh())
         return self.norm(out)
+
+
+class FusedLoop(nn.Module):
+    """A wrapped `Block` of attention and perceptron over embedded tokens with sines and cosines of the position.
+
+    Args:
+        made: the task.
+        features: D.
+    """
+
+    pool = "mean"
+
+    def __init__(self, made: SequenceTask, features: int) -> None:
+        super().__init__()
+        self.embed = Embedding(made, features, positioned=True)
+        block = Block(features, 2 * features, HEADS, made.length, ("attention", "mlp"))
+        solver = Anderson(length=3)
+        self.equilibrium = wrap(block, (made.length, features), solver=solver, estimator=Implicit())
+        self.equilibrium.hasten()
+        self.equilibrium.warn = False  # what did not settle is counted
+        self.head = nn.Linear(features, made.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs ``(B, N, C)``."""
+        return self.head(self.equilibrium(self.embed(x)))
 
 
 def _bounded(inputs: int, outputs: int, bound: float) -> nn.Linear:

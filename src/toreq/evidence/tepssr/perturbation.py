@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from toreq.evidence import counting
 from toreq.evidence.claim import Claim, Cost, Criterion, Outcome, Picture, Quantity, Trial, Tuning
 from toreq.evidence.protocols.sequences.parts import positions
 from toreq.evidence.tepssr import nets
+from toreq.evidence.tepssr.symbols import IGNORED, KEYS, MARKS, SYMBOLS, across, last_mark, recall
 from toreq.layer import equilibria, wrap
 from toreq.solvers import Anderson, FixedPoint
 from toreq.systems.looped_transformer import LoopedTransformer
@@ -29,24 +31,25 @@ SIDES = {
     "nudge tepssr": "nudged phases of a freshly drawn network of TEP-SSR, by number of steps",
     "nudge looped": "the same of the looped transformer",
     "torus on": "segments, with the maps' states on a ring from one to the next",
+    "torus last": "segments that begin with the state in which the one before ended",
     "torus off": "segments that begin with empty states",
     "torus whole": "the whole sequence at once",
     "block both": "an ordinary block in a loop: fused softmax attention and a state space, wrapped",
     "block attention": "the same without the state space",
     "block ssm": "the same without the attention",
 }
-IGNORED = -100
 DEPTHS, DEEP, BETA = (1, 2, 3, 5, 10, 30, 100, 300), 10, 1e-2
-SYMBOLS, MARKS, RARE = 8, 2, 1 / 16
-"""Symbols of a sequence, those of them that are marks, and how often a mark comes."""
-LENGTH, SEGMENT, SLOTS, DECAY = 64, 16, 4, 0.1
-KEYS, PAIRS = 8, 4
+LENGTH, SEGMENT, SLOTS = 64, 16, 4
+DECAYS = {"on": 0.3, "last": 1e-6}
+"""Of the ring by age: at the second one the last state is all that is left."""
+PAIRS = 4
 COUPLING = 2.0
 """Initial scale of the networks that are nudged, at which the norms are at their bounds."""
 RATE, TRIALS, BATCH = 5e-3, 3, 32
 SPACE = Space({"rate": Real(1e-3, 2e-2, log=True)})
 KEPT, EARLY = "nudge response, deepest over 10 steps", "gradient at the loop's start, deepest over 10 steps"
-ACROSS, ACCURACY = "accuracy across borders", "accuracy"
+FAR = "log of nudge response, farthest token over nudged"
+ACROSS, ACCURACY, OFF = "accuracy across borders", "accuracy", "accuracy, couplings off"
 WORDS = "standard EqProp struggles with vanishing perturbations in deep loops"
 
 
@@ -70,43 +73,6 @@ SIZES = {
 }
 
 
-def last_mark(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random symbols among which marks are rare; the label of a position is the last mark up to it, -100 before any.
-
-    Args:
-        count: sequences.
-        length: of each.
-        generator: of symbols and marks.
-    """
-    x = torch.randint(MARKS, SYMBOLS, (count, length), generator=generator)
-    marked = torch.rand(count, length, generator=generator) < RARE
-    x = torch.where(marked, torch.randint(MARKS, (count, length), generator=generator), x)
-    place = torch.where(x < MARKS, torch.arange(length), -1).cummax(1).values
-    return x, torch.where(place >= 0, x.gather(1, place.clamp_min(0)), IGNORED)
-
-
-def across(x: Tensor, size: int) -> Tensor:
-    """The positions whose last mark stands in an earlier segment, ``(B, N)``."""
-    place = torch.where(x < MARKS, torch.arange(x.shape[1], device=x.device), -1).cummax(1).values
-    begins = torch.arange(x.shape[1], device=x.device) // size * size
-    return (place >= 0) & (place < begins)
-
-
-def recall(count: int, pairs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pairs of a key and a value, no key twice, and one of the keys once more; the label is its value.
-
-    Args:
-        count: sequences, of ``2 * pairs + 1`` symbols: keys, then values.
-        pairs: at most `KEYS`.
-        generator: of keys and values.
-    """
-    keys = torch.rand(count, KEYS, generator=generator).argsort(1)[:, :pairs]
-    values = torch.randint(KEYS, (count, pairs), generator=generator)
-    asked = torch.randint(pairs, (count, 1), generator=generator)
-    x = torch.stack([keys, KEYS + values], 2).flatten(1)
-    return torch.cat([x, keys.gather(1, asked)], 1), values.gather(1, asked)[:, 0]
-
-
 class Reader(nn.Module):
     """Symbols through a wrapped block, read out at the last position: ``(B, N)`` to ``(B, C)``.
 
@@ -124,8 +90,12 @@ class Reader(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, C)``."""
+        return self.head(self.equilibrium(self.drive(x))[:, -1])
+
+    def drive(self, x: Tensor) -> Tensor:
+        """What the block is driven by, ``(B, N, D)``."""
         h = self.embed(x)
-        return self.head(self.equilibrium(h + positions(h.shape[1], h.shape[2], h.device))[:, -1])
+        return h + positions(h.shape[1], h.shape[2], h.device)
 
 
 class Segmented(nn.Module):
@@ -134,12 +104,13 @@ class Segmented(nn.Module):
     Args:
         net: the tagger.
         size: of a segment.
-        remember: hand the maps' states on.
+        decay: of the ring by which the maps' states are handed on; None hands nothing on.
     """
 
-    def __init__(self, net: StateSpaceTagger, size: int, remember: bool) -> None:
+    def __init__(self, net: StateSpaceTagger, size: int, decay: float | None) -> None:
         super().__init__()
-        self.inner, self.size, self.remember = Recirculated(net, SLOTS, DECAY), size, remember
+        self.inner, self.size = Recirculated(net, SLOTS, 0.5 if decay is None else decay), size
+        self.remember = decay is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, N, C)``."""
@@ -177,7 +148,7 @@ def tagged(how: str, size: Size, seed: int) -> nn.Module:
         (LENGTH,), MARKS, features=size.features, hidden=size.hidden, layers=1, vocabulary=SYMBOLS, attention="none",
         timescale=float(LENGTH),
     )  # fmt: skip
-    return net if how == "whole" else Segmented(net, SEGMENT, how == "on")
+    return net if how == "whole" else Segmented(net, SEGMENT, DECAYS.get(how))
 
 
 def wrapped(how: str, size: Size, seed: int) -> Reader:
@@ -203,6 +174,10 @@ def _remembered(how: str, size: Size, trial: Trial, rate: float) -> Outcome:
     fit(model, lambda g: last_mark(BATCH, LENGTH, g), size.steps, rate, trial.seed)
     x, y = (t.to(trial.device) for t in last_mark(size.tested, LENGTH, seeded(trial.seed, 10)))
     metrics = _tags(model, x, y)
+    (layer,) = equilibria(model)
+    metrics["radius"] = Quantity(layer.radius(x[:8, :SEGMENT]), "")
+    with layer.couplings_off():
+        metrics[OFF] = _tags(model, x, y)[ACCURACY]
     metrics["rate"] = Quantity(rate, "")
     return Outcome(metrics, cost=Cost(counting.parameters(model), None, size.steps * BATCH))
 
@@ -222,13 +197,20 @@ def _recalled(how: str, size: Size, trial: Trial, rate: float) -> Outcome:
     model = wrapped(how, size, trial.seed).to(trial.device)
     fit(model, lambda g: recall(BATCH, PAIRS, g), size.blocks, rate, trial.seed)
     x, y = (t.to(trial.device) for t in recall(size.tested, PAIRS, seeded(trial.seed, 10)))
-    with torch.no_grad():
-        right = torch.cat([model(part) for part in x.split(250)]).argmax(-1) == y
+    with model.equilibrium.couplings_off():
+        off = _right(model, x, y)
     metrics = {
-        ACCURACY: Quantity(100 * float(right.double().mean()), "%"),
+        ACCURACY: Quantity(_right(model, x, y), "%"),
+        OFF: Quantity(off, "%"),
+        "radius": Quantity(model.equilibrium.radius(model.drive(x[:8]).detach()), ""),
         "rate": Quantity(rate, ""),
     }
     return Outcome(metrics, cost=Cost(counting.parameters(model), None, size.blocks * BATCH))
+
+
+@torch.no_grad()
+def _right(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    return 100 * float((torch.cat([model(part) for part in x.split(250)]).argmax(-1) == y).double().mean())
 
 
 def _nudged(how: str, size: Size, trial: Trial) -> Outcome:
@@ -252,12 +234,15 @@ def _nudged(how: str, size: Size, trial: Trial) -> Outcome:
     depths = [n for n in DEPTHS if n <= size.deepest]
     response = [(float(n), nudge_response(net, x, v, n)) for n in depths]
     early = [(float(n), early_gradient(net, x, v, n)) for n in depths]
+    profile = by_distance(net, x, v, depths[-1])
     metrics = {
         KEPT: Quantity(response[-1][1] / dict(response)[float(DEEP)], ""),
         EARLY: Quantity(early[-1][1] / max(dict(early)[float(DEEP)], 1e-300), ""),
+        FAR: Quantity(math.log10(max(profile[-1][1], 1e-30) / profile[0][1]), "log10"),
         "radius": Quantity(layer.radius(x), ""),
     }
-    return Outcome(metrics, {"response": response, "gradient": early}, Cost(counting.parameters(net)))
+    curves = {"response": response, "gradient": early, "response by distance": profile}
+    return Outcome(metrics, curves, Cost(counting.parameters(net)))
 
 
 def nudge_response(net: StateSpaceClassifier | LoopedTransformer, x: Tensor, v: Tensor, steps: int) -> float:
@@ -266,6 +251,20 @@ def nudge_response(net: StateSpaceClassifier | LoopedTransformer, x: Tensor, v: 
     h = own.equilibrium.solve_nudged(x, v).h[own.equilibrium.dynamics.names[0]]
     plus, minus = h.flatten(1).chunk(2)
     return float((plus - minus).norm(dim=1).mean()) / (2 * BETA)
+
+
+def by_distance(
+    net: StateSpaceClassifier | LoopedTransformer, x: Tensor, v: Tensor, steps: int
+) -> list[tuple[float, float]]:
+    r"""Mean over examples of :math:`\|h^+_t - h^-_t\|/2\beta` at each token t when the last one alone is nudged,
+    by the tokens that lie between."""
+    own: Any = fixed_steps(net, steps)
+    force = torch.zeros_like(v)
+    force[:, -1] = v[:, -1]
+    h = own.equilibrium.solve_nudged(x, force).h[own.equilibrium.dynamics.names[0]]
+    plus, minus = h.double().chunk(2)
+    size = ((plus - minus).norm(dim=2).mean(0) / (2 * BETA)).flip(0)
+    return [(float(away), float(found)) for away, found in enumerate(size)]
 
 
 def early_gradient(net: StateSpaceClassifier | LoopedTransformer, x: Tensor, v: Tensor, steps: int) -> float:
@@ -313,11 +312,22 @@ CLAIM = Claim(
     seed_file=nets.SEED_FILE,
     sentence="Perturbations do not vanish in deep loops, and the torus holds states of the state space.",
     criteria=(
-        Criterion(KEPT, KEPT, "", "at_least", "nudge tepssr", words=WORDS, aim=0.9, beside=("nudge looped",)),
+        Criterion(
+            f"{FAR}, against the looped transformer", FAR, "log10", "at_least", "nudge tepssr", words=WORDS,
+            versus=("nudge looped",),
+        ),
+        Criterion(
+            KEPT, KEPT, "", "at_least", "nudge tepssr", words=WORDS, aim=0.9, beside=("nudge looped",), condition=True
+        ),
         Criterion(
             f"{ACROSS}, ring on above off", ACROSS, "points", "at_least", "torus on",
             words="toroidal buffer ... SSM hidden states for structured long-memory recirculation",
             versus=("torus off",), beside=("torus whole",),
+        ),
+        Criterion(
+            f"{ACROSS}, ring above the last state alone", ACROSS, "points", "at_least", "torus on",
+            words="toroidal buffer ... SSM hidden states for structured long-memory recirculation",
+            versus=("torus last",),
         ),
         Criterion(
             "recall: attention and state space above either alone", ACCURACY, "points", "at_least", "block both",
@@ -326,20 +336,24 @@ CLAIM = Claim(
     ),
     protocol=f"""
     Three parts. Nudge: a freshly drawn network (32 features and channels, no attention, plain iteration, couplings at
-    the bounds of their norms) and the looped transformer on 4 sequences of {LENGTH} symbols. A random force of
-    strength {BETA:g} on the read-out node in nudged phases of {DEPTHS[0]} to {DEPTHS[-1]} steps, all of them run, free
-    and nudged; judged is the response of the tokens at the most steps over that at {DEEP}. Beside it, the gradient
-    that backprop carries through as many steps to the loop's start, in float64. Torus: a tagger (one layer, selective
-    maps, no attention) names the last of {MARKS} marks, which are a sixteenth of the symbols, at each of {LENGTH}
-    positions, which it reads in segments of {SEGMENT}; the states at the borders go round a ring of {SLOTS} slots
-    (decay {DECAY:g}), or every segment begins empty. Judged is the accuracy at positions whose last mark stands in an
-    earlier segment; half is chance. Nothing is learned across a border. Block: {PAIRS} pairs of a key and a value of
-    {KEYS}, and one key again, whose value is asked for: to find it is attention's work, to join a value to the key
-    before it is a recurrence's. One ordinary block in a loop, wrapped as a prediction error and learned by one nudged
-    phase, with both paths or either; the same width, so that both together have more parameters. Sizes: taggers
-    {SIZES["quick"].steps} steps (quick) or {SIZES["full"].steps:,} (full), blocks {SIZES["quick"].blocks} or
-    {SIZES["full"].blocks:,}, in batches of {BATCH}, Adam with a rate that rises and stays, tuned for each trained side
-    in {TRIALS} trials of a third of the steps on sequences of another seed. Fast settings.
+    the bounds of their norms) and the looped transformer on 4 sequences of {LENGTH} symbols. A random force of strength
+    {BETA:g} on the read-out node in nudged phases of {DEPTHS[0]} to {DEPTHS[-1]} steps, all of them run, free and
+    nudged. In a loop that contracts a lasting force cannot vanish with the steps, whatever the network: that the
+    response of the tokens at the most steps is not below that at {DEEP} is a condition. Judged is whether it vanishes
+    with the distance: the last token alone is nudged, and the first one's response is compared with its own, on a
+    logarithm, paired by seed with the looped transformer, where every token hears every other at once. Beside it, the
+    gradient that backprop carries through as many steps to the loop's start, in float64. Torus: a tagger (one layer,
+    selective maps, no attention) names the last of {MARKS} marks, which are a sixteenth of the symbols, at each of
+    {LENGTH} positions, which it reads in segments of {SEGMENT}; the states at the borders go round a ring of {SLOTS}
+    slots (decay {DECAYS["on"]:g}), the last one alone is handed on, or every segment begins empty. Judged is the
+    accuracy at positions whose last mark stands in an earlier segment; half is chance, and a segment that begins empty
+    can do no better. Nothing is learned across a border. Block: {PAIRS} pairs of a key and a value of {KEYS}, and one
+    key again, whose value is asked for: to find it is attention's work, to join a value to the key before it is a
+    recurrence's. One ordinary block in a loop, wrapped as a prediction error and learned by one nudged phase, with both
+    paths or either; the same width, so that both together have more parameters. Sizes: taggers {SIZES["quick"].steps}
+    steps (quick) or {SIZES["full"].steps:,} (full), blocks {SIZES["quick"].blocks} or {SIZES["full"].blocks:,}, in
+    batches of {BATCH}, Adam with a rate that rises and stays, tuned for each trained side in {TRIALS} trials of a third
+    of the steps on sequences of another seed. Fast settings.
     """,
     sides=SIDES,
     run=run,
@@ -347,6 +361,7 @@ CLAIM = Claim(
         "Response of the tokens to a nudge against steps", x_label="steps", y_label="response", curves=("response",),
         log_x=True, log_y=True,
     ),
+    printed=("radius", OFF),
     tuning=Tuning(
         held_out, TUNED, TRIALS, {side: {"rate": RATE} for side in TUNED},
         {side: "nothing is trained" for side in SIDES if side not in TUNED},

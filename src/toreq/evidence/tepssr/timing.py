@@ -29,6 +29,9 @@ SIDES = {
 }
 QUADRATIC = ("looped, fused", "looped, energy")
 FEATURES, HEADS, HIDDEN, INPUTS, CLASSES = 64, 4, 64, 8, 10
+PERCEPTRON, TIED, RECURRENT = 32, 64, 48
+"""Widths of the perceptrons of the looped transformers and of the LSTM, with which each has as many weights as the
+network, to a tenth; the learned positions of the looped transformer of the base are not among them."""
 TOKENS, REPEATS, TOLERANCE = 16_384, 3, 3e-3
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
 LONGEST_QUADRATIC = 4096
@@ -41,13 +44,14 @@ class Pooled(nn.Module):
 
     Args:
         inputs: numbers at each position.
-        inner: from ``(B, N, D)`` to the same shape.
+        inner: from ``(B, N, D)`` to ``(B, N, width)``.
+        width: of what it gives.
     """
 
-    def __init__(self, inputs: int, inner: nn.Module) -> None:
+    def __init__(self, inputs: int, inner: nn.Module, width: int = FEATURES) -> None:
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(inputs, FEATURES), nn.LayerNorm(FEATURES))
-        self.inner, self.head = inner, nn.Linear(FEATURES, CLASSES)
+        self.inner, self.head = inner, nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, C)``."""
@@ -71,15 +75,15 @@ def build(side: str, length: int, seed: int) -> nn.Module:
     """A side's network for sequences of one length."""
     torch.manual_seed(seed)
     if side == "lstm":
-        return Pooled(INPUTS, nn.LSTM(FEATURES, FEATURES, batch_first=True))
+        return Pooled(INPUTS, nn.LSTM(FEATURES, RECURRENT, batch_first=True), RECURRENT)
     if side == "looped, fused":
-        block = nets.Block(FEATURES, 2 * FEATURES, HEADS, length, ("attention", "mlp"))
+        block = nets.Block(FEATURES, PERCEPTRON, HEADS, length, ("attention", "mlp"))
         net: nn.Module = Pooled(INPUTS, wrap(block, (length, FEATURES), solver=Anderson(length=3)))
     elif side == "looped, energy":
         shape = (1, length, INPUTS)
         net = Imaged(
             LoopedTransformer(
-                shape, CLASSES, features=FEATURES, heads=HEADS, hidden=2 * FEATURES, patch="rows", pool="mean"
+                shape, CLASSES, features=FEATURES, heads=HEADS, hidden=TIED, patch="rows", pool="mean"
             )
         )  # fmt: skip
     else:
@@ -173,8 +177,10 @@ CLAIM = Claim(
     acceleration over three iterates, read-out; one pass for the LSTM. Processor time, the least of {REPEATS} calls
     after one that is not timed, per sequence. The exponent is the least-squares slope of its logarithm over that of the
     length. The opponent is the fastest kernel of PyTorch on this device, scaled_dot_product_attention, in an ordinary
-    block with free queries, keys and values ({HEADS} heads, a perceptron of {2 * FEATURES}), which has no energy; the
-    attention energy of the base, whose keys have a field too, is beside it. Differences of logarithms are paired by
+    block with free queries, keys and values ({HEADS} heads, a perceptron of {PERCEPTRON}), which has no energy; the
+    attention energy of the base, whose keys have a field too (a tied perceptron of {TIED}), is beside it. Widths are
+    such that all have about as many weights as the network, whose two variants have more; learned positions are not
+    counted. Differences of logarithms are paired by
     seed: -0.693 is half the time, -1.609 a fifth. The number of steps is each network's own.
     """,
     sides=SIDES,

@@ -24,7 +24,8 @@ from toreq.layer import Equilibrium, wrap
 from toreq.solvers import Anderson
 
 BOUND = 0.9
-"""Bounds the linear part of the relaxation's Jacobian, shared among the couplings, as the shipped system does."""
+"""Bounds the linear part of the relaxation's Jacobian where attention is even, shared among the couplings, as the
+shipped system does."""
 
 
 class CausalBlock(nn.Module):
@@ -123,8 +124,7 @@ class Looped(nn.Module):
         (name,) = dynamics.names
         nodes = [Node(name, (length, self.features), dynamics.activation(name))]
         other = Equilibrium(Energy(nodes, [c for _, c in dynamics.terms()]), own.solver, own.estimator, warn=False)
-        # statistics are looked for at the layer that is part of the module
-        other.last = own.last
+        other.report_to(own)
         return other
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def _tokens(length: int, activation: LayerNorm) -> Node:
 def _couplings(features: int, heads: int, hidden: int) -> list[Coupling]:
     scale = 0.4 / math.sqrt(features)
     attend, tied = Attention("tokens", features, heads, scale=scale), Dense(features, hidden, scale=scale)
-    # half of the bound for each coupling; the attention's has two parts, each of norm |W_q||W_k|
+    # half of the bound for each coupling; the attention's has two parts, each |W_q||W_k| where attention is even
     for name in ("query", "key"):
         control_norm(attend, math.sqrt(BOUND / 4), name)
     control_norm(tied, math.sqrt(BOUND / 2))
