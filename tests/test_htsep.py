@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from toreq import systems
-from toreq.core import Dense, GatedBilinear
+from toreq.core import Conv, Dense, GatedBilinear
 from toreq.errors import ConfigError
 from toreq.estimators import Centered, Implicit, OneSided
 from toreq.solvers import Anderson, Spiking
@@ -17,6 +18,7 @@ from toreq.solvers.events import fan_out
 from toreq.systems.htsep import HTSEP, HTSEPConv, HTSEPDense
 from toreq.systems.htsep_continual import continual_step
 from toreq.systems.htsep_langevin import ExploredCentered
+from toreq.systems.htsep_norm import OpenNorm
 
 TIGHT = Anderson(length=3, tolerance=1e-12, max_steps=400)
 SHAPE = (1, 6, 6)
@@ -148,6 +150,53 @@ def test_a_closed_unit_is_silent_and_none_of_its_weights_changes(make: type) -> 
     drive = found[next(n for n in found if "inner" in n and n.endswith("weight"))]
     assert float(drive[rows].abs().max()) == 0
     assert float(drive[~rows].abs().amax(tuple(range(1, drive.dim()))).min()) > 0
+
+
+@pytest.mark.parametrize("make", [dense, conv])
+def test_learning_one_context_leaves_the_weights_of_the_others(make: type) -> None:
+    """Units that a context never opens keep every weight between them to the bit, though the bound is always active."""
+    net = make(open_share=0.3, norm_bound=0.4, gates="hard", lateral=True)
+    net.equilibrium.solver = Anderson(length=3, tolerance=1e-4)
+    x, y = batch(16)
+    net.context.observe(x)
+    adam = torch.optim.Adam(net.parameters(), lr=5e-3, betas=(0.0, 0.999))
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    opened = {n: net.context.gates(x, n).amax(0) > 0 for n in net.context.radius}
+    assert all(0 < int(o.sum()) < len(o) for o in opened.values())
+    moved = False
+    for _ in range(8):
+        adam.zero_grad()
+        net.criterion(net(x), y).backward()
+        adam.step()
+    net(x)  # the last step is projected at the next batch
+    for norm in net.norms:
+        assert isinstance(norm, OpenNorm)
+        op = norm._operator[0]
+        name = next(n for n, p in net.named_parameters() if p is op.weight)
+        pair = opened[norm.post][:, None] & opened[norm.pre]
+        closed = ~pair.reshape(*pair.shape, *[1] * (op.weight.dim() - 2)).expand_as(op.weight)
+        assert torch.equal(op.weight[closed], before[name][closed])
+        moved |= not torch.allclose(op.weight[~closed], before[name][~closed], rtol=1e-2)
+        matrix = _matrix(op, opened[norm.pre], opened[norm.post]).detach()
+        assert float(torch.linalg.matrix_norm(matrix, ord=2)) <= norm.bound * 1.02
+    assert moved
+
+
+def _matrix(op: Dense | Conv, pre: Tensor, post: Tensor) -> Tensor:
+    """The operator among open units, one column for each number that goes in."""
+    eye = torch.eye(math.prod(op.in_shape), dtype=torch.float64).reshape(-1, *op.in_shape)
+    below, above = (g.double().reshape(-1, *[1] * (len(op.in_shape) - 1)) for g in (pre, post))
+    return (above * op(below * eye)).flatten(1)
+
+
+def test_two_batches_before_one_backward() -> None:
+    net = dense(norm_bound=0.3)
+    (x, y), (other, labels) = batch(4), batch(4, 1)
+    adam = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(3):
+        adam.zero_grad()
+        (net.criterion(net(x), y) + net.criterion(net(other), labels)).backward()
+        adam.step()
 
 
 def test_noise_in_both_phases_leaves_the_gradient_of_a_contraction() -> None:

@@ -21,8 +21,6 @@ from toreq.core import (
     HardSigmoid,
     Lateral,
     Node,
-    Operator,
-    control_norm,
 )
 from toreq.errors import ConfigError
 from toreq.estimators import Estimator
@@ -33,6 +31,7 @@ from toreq.systems.deep_hopfield import Bias
 from toreq.systems.htsep_context import ContextTorus, Gate, Gated
 from toreq.systems.htsep_growth import grow
 from toreq.systems.htsep_langevin import ExploredCentered
+from toreq.systems.htsep_norm import OpenNorm
 
 RESTING = 0.1
 """Rate at which units of upper layers start where the layer below is silent."""
@@ -57,6 +56,8 @@ class HTSEP(System):
     """
 
     context: ContextTorus
+    norms: nn.ModuleList
+    """What holds the norms of the couplings among open units, see :class:`~toreq.systems.htsep_norm.OpenNorm`."""
     widths: str
     """The option that holds the layers' widths."""
     made: dict[str, Any]
@@ -66,8 +67,9 @@ class HTSEP(System):
         self,
         nodes: Sequence[Node],
         drives: Sequence[nn.Module],
-        joints: Sequence[Operator],
-        lateral: Operator | None,
+        joints: Sequence[Dense | Conv],
+        lateral: Dense | Conv | None,
+        bounds: tuple[float | None, float | None],
         solver: Solver | None,
         estimator: Estimator | None,
         head: nn.Module,
@@ -80,6 +82,7 @@ class HTSEP(System):
             drives: one for each layer.
             joints: one from each layer to the next.
             lateral: of the first layer.
+            bounds: on the norms of joints, in units of the slopes they join, and of the lateral one; None: free.
             solver, estimator: the shipped ones when None.
             head: the read-out.
             temperature: of the Langevin noise in nudged phases.
@@ -90,11 +93,18 @@ class HTSEP(System):
                 nn.init.constant_(drive.value, RESTING / node.activation.gain)
         names = [n.name for n in nodes]
         gates = {n.name: Gate(self.context, n.name, n.shape) for n in nodes}
+        self.norms = nn.ModuleList()
         couplings: list[Coupling] = [Drive(n, Gated(drive, gates[n])) for n, drive in zip(names, drives, strict=True)]
-        for (a, b), op in zip(pairwise(names), joints, strict=True):
-            couplings.append(GatedBilinear(op, a, b, gates[a], gates[b]))
+        joint, own = bounds
+        for (a, b), op in zip(pairwise(nodes), joints, strict=True):
+            couplings.append(GatedBilinear(op, a.name, b.name, gates[a.name], gates[b.name]))
+            if joint is not None:
+                slope = math.sqrt(a.activation.gain * b.activation.gain)
+                self.norms.append(OpenNorm(op, joint / slope, a.name, b.name))
         if lateral is not None:
             couplings.append(Lateral(lateral, names[0], gates[names[0]]))
+            if own is not None:
+                self.norms.append(OpenNorm(lateral, own, names[0], names[0]))
         if estimator is None and temperature > 0:
             estimator = ExploredCentered(temperature=temperature)
         solver = Anderson(length=3) if solver is None else solver
@@ -113,7 +123,16 @@ class HTSEP(System):
         if self.training and learning:
             self.context.observe(x)
         with self.context.drawn(x, draw=self.training):
+            self.hold(x)
             return self.head(self.opened(x, self.equilibrium(x)))
+
+    def hold(self, x: Tensor) -> None:
+        """In training mode, scale couplings among the units that a batch opens to their bounds."""
+        if not self.training:
+            return
+        for norm in self.norms:
+            assert isinstance(norm, OpenNorm)
+            norm.hold(self.context.gates(x, norm.pre), self.context.gates(x, norm.post))
 
     def opened(self, x: Tensor, h: Tensor) -> Tensor:
         """The read-out node's rates times its gates: as they are, but a nudge then reaches open units alone.
@@ -189,14 +208,16 @@ class HTSEPDense(HTSEP):
         sheets: places along each axis unfolded later; ``hidden`` counts the units on all of them.
         open_share: share of the units that a context opens, in (0, 1].
         edge: softness of the bump, in slots.
-        novelty: standard deviations of the likelihood by which a batch must be unlikely to open a context.
+        novelty: standard deviations of an example's likelihood by which a batch's mean must be unlikely to open a
+            context.
         gates: ``"probabilistic"``, ``"hard"`` or ``"off"``.
         context: ``"statistics"``, or ``"input"`` (no torus: a fixed random projection of each input).
         lateral: couple the first layer to itself.
         gain: ratio of one layer's slope to that of the layer below.
         temperature: of Langevin noise in both nudged phases, the same in both; 0 for none.
         coupling_scale: the initial couplings' deviation is this over the square root of fan-in.
-        norm_bound: bound on the norm of all couplings together, which bounds the relaxation's radius; None: free.
+        norm_bound: bound on the norm of all couplings together among the units that a batch of training opens, which
+            bounds the relaxation's radius; None: free.
     """
 
     widths = "hidden"
@@ -213,7 +234,7 @@ class HTSEPDense(HTSEP):
         sheets: Sequence[int] = (),
         open_share: float = 0.5,
         edge: float = 0.1,
-        novelty: float = 2.0,
+        novelty: float = 0.6,
         gates: str = "probabilistic",
         context: str = "statistics",
         lateral: bool = True,
@@ -242,24 +263,19 @@ class HTSEPDense(HTSEP):
         )  # fmt: skip
         slopes = [gain**i for i in range(len(names))]
         nodes = [Node(n, w, HardSigmoid(s)) for n, w, s in zip(names, self.hidden, slopes, strict=True)]
-        joint, own = chain_bounds(norm_bound, len(self.hidden), lateral)
+        bounds = chain_bounds(norm_bound, len(self.hidden), lateral)
         drives: list[nn.Module] = [nn.Sequential(nn.Flatten(), nn.Linear(inputs, self.hidden[0]))]
-        joints: list[Operator] = []
-        for i, (below, above) in enumerate(pairwise(self.hidden)):
-            op = Dense(below, above, scale=coupling_scale / math.sqrt(below))
-            if joint is not None:
-                control_norm(op, joint / math.sqrt(slopes[i] * slopes[i + 1]))
-            joints.append(op)
+        joints: list[Dense | Conv] = []
+        for below, above in pairwise(self.hidden):
+            joints.append(Dense(below, above, scale=coupling_scale / math.sqrt(below)))
             drives.append(Bias((above,)))
         around = None
         if lateral:
             around = Dense(
                 self.hidden[0], self.hidden[0], symmetric=True, scale=coupling_scale / math.sqrt(self.hidden[0])
             )
-            if own is not None:
-                control_norm(around, own)
         head = nn.Linear(self.hidden[-1], num_classes)
-        self.build(nodes, drives, joints, around, solver, estimator, head, temperature)
+        self.build(nodes, drives, joints, around, bounds, solver, estimator, head, temperature)
 
     def feedforward(self) -> nn.Module:
         """The same widths and slopes, feed-forward, without gates."""
@@ -301,7 +317,7 @@ class HTSEPConv(HTSEP):
         sheets: Sequence[int] = (),
         open_share: float = 0.5,
         edge: float = 0.1,
-        novelty: float = 2.0,
+        novelty: float = 0.6,
         gates: str = "probabilistic",
         context: str = "statistics",
         lateral: bool = False,
@@ -331,15 +347,13 @@ class HTSEPConv(HTSEP):
             edge=edge, novelty=novelty, mode=gates, source=context, sheets=sheets,
         )  # fmt: skip
         slopes = [gain**i for i in range(len(names))]
-        joint, own = chain_bounds(norm_bound, len(names), lateral)
+        bounds = chain_bounds(norm_bound, len(names), lateral)
         drives: list[nn.Module] = [nn.Conv2d(self.input_shape[0], self.channels[0], *self.geometry)]
         shapes = [Conv(self.input_shape, self.channels[0], *self.geometry).out_shape]
-        joints: list[Operator] = []
+        joints: list[Dense | Conv] = []
         for i, c in enumerate(self.channels[1:], start=1):
             fan_in = self.channels[i - 1] * kernel * kernel
             op = Conv(shapes[-1], c, *self.geometry, scale=coupling_scale / math.sqrt(fan_in))
-            if joint is not None:
-                control_norm(op, joint / math.sqrt(slopes[i - 1] * slopes[i]))
             joints.append(op)
             shapes.append(op.out_shape)
             drives.append(Bias((c, 1, 1), op.out_shape))
@@ -347,11 +361,9 @@ class HTSEPConv(HTSEP):
         if lateral:
             scale = 0.1 / math.sqrt(9 * self.channels[0])
             around = Conv(shapes[0], self.channels[0], 3, 1, 1, symmetric=True, scale=scale)
-            if own is not None:
-                control_norm(around, own)
         nodes = [Node(n, s, HardSigmoid(k)) for n, s, k in zip(names, shapes, slopes, strict=True)]
         head = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shapes[-1]), num_classes))
-        self.build(nodes, drives, joints, around, solver, estimator, head, temperature)
+        self.build(nodes, drives, joints, around, bounds, solver, estimator, head, temperature)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def feedforward(self) -> nn.Module:

@@ -25,8 +25,13 @@ FLOOR = 0.05
 """Added to every variance: a pixel that has never varied is not proof of another context."""
 GRACE = 256
 """Examples of a context before others are held against it."""
+MATURE = 4096
+"""Examples after which a context is used to what it has seen: its level then follows at the slowest rate, so that
+inputs that drift away become novel in the end."""
 SLOWEST = 1e-3
-"""Smallest rate at which a context's statistics follow, so that they can drift."""
+"""Smallest rate at which a context's statistics follow."""
+ERRORS = 5.0
+"""Standard errors of a batch's mean likelihood that novelty takes at least: a small batch strays by chance."""
 FAR = 1e6
 """Distance between the sheets of an unfolded axis, which no bump bridges."""
 
@@ -46,7 +51,8 @@ class ContextTorus(nn.Module):
     units with :math:`p \ge \tfrac12`, averaged over the slots, is ``share``. In training mode each gate is drawn anew,
     open with probability p; otherwise it is open where :math:`p \ge \tfrac12`. A batch in training mode belongs to the
     context under which all of it is likeliest, and updates that one; it opens a new one, on the free slot farthest from
-    those in use, where its mean likelihood falls by ``novelty`` standard deviations below what the context is used to.
+    those in use, where its mean likelihood falls below what the context is used to by ``novelty`` standard deviations of
+    an example's, and by five of its own standard errors.
 
     Args:
         features: numbers in an input.
@@ -54,7 +60,7 @@ class ContextTorus(nn.Module):
         units: node name -> number of units (channels of an image).
         share: of units that a bump opens, in (0, 1].
         edge: e, softness of the bump in slots, above 0.
-        novelty: standard deviations, above 0.
+        novelty: standard deviations of an example's likelihood, above 0.
         mode: ``"probabilistic"``, ``"hard"`` (never drawn) or ``"off"`` (all units open, no context kept).
         source: ``"statistics"``; or ``"input"``, without a torus: each input opens the same share of units by a fixed
             random projection of itself.
@@ -81,7 +87,7 @@ class ContextTorus(nn.Module):
         *,
         share: float = 0.25,
         edge: float = 0.1,
-        novelty: float = 2.0,
+        novelty: float = 0.6,
         mode: str = "probabilistic",
         source: str = "statistics",
         sheets: Sequence[int] = (),
@@ -186,7 +192,7 @@ class ContextTorus(nn.Module):
         if self.contexts == 0:
             return self._open_new(x, 0)
         slot, own, z = self._nearest(x)
-        if z > self.novelty:
+        if z > self._threshold(x):
             free = (self.count == 0).nonzero().flatten()
             if len(free):
                 return self._open_new(x, self._farthest(free, (self.count > 0).nonzero().flatten()))
@@ -197,7 +203,10 @@ class ContextTorus(nn.Module):
     @torch.no_grad()
     def novel(self, x: Tensor) -> bool:
         """Whether a batch would open a context, had it room."""
-        return self.contexts == 0 or self._nearest(x)[2] > self.novelty
+        return self.contexts == 0 or self._nearest(x)[2] > self._threshold(x)
+
+    def _threshold(self, x: Tensor) -> float:
+        return max(self.novelty, ERRORS / math.sqrt(x.shape[0]))
 
     def _nearest(self, x: Tensor) -> tuple[int, Tensor, float]:
         """The slot under which a batch is likeliest, its likelihoods there, and by how many deviations they fall short
@@ -232,8 +241,8 @@ class ContextTorus(nn.Module):
         rate = max(flat.shape[0] / float(self.count[slot]), SLOWEST)
         self.mean[slot].lerp_(flat.mean(0), rate)
         self.square[slot].lerp_(flat.square().mean(0), rate)
-        # likelihoods change while the statistics form: these follow faster
-        quick = max(rate, 0.1)
+        # likelihoods change while the statistics form
+        quick = max(rate, 0.1) if float(self.count[slot]) < MATURE else SLOWEST
         self.level[slot].lerp_(found.mean(), quick)
         self.wobble[slot].lerp_((found - self.level[slot]).square().mean(), quick)
 
@@ -367,7 +376,7 @@ def _check(shape: tuple[int, ...], share: float, edge: float, novelty: float, mo
     if not (0 < share <= 1 and edge > 0 and novelty > 0):
         raise ConfigError(
             f"ContextTorus: expected open_share in (0, 1], edge > 0 and novelty > 0, got {share}, {edge} and "
-            f"{novelty}; e.g. 0.25, 0.1, 2"
+            f"{novelty}; e.g. 0.25, 0.1, 0.6"
         )
     for name, value, legal in (("gates", mode, MODES), ("context", source, SOURCES)):
         if value not in legal:

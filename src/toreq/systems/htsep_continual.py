@@ -57,6 +57,7 @@ def continual_step(
     if net.training and net.context.mode != "off" and net.context.source == "statistics":
         net.context.observe(x)
     with net.context.drawn(x, draw=net.training):
+        net.hold(x)
         bindings = detached(energy.bind(x))
         free = net.equilibrium.free_phase(bindings)
         loss, v = _head_step(net, x, free.h, y, rate)

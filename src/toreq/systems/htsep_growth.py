@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from toreq.errors import ConfigError
+from toreq.systems.htsep_norm import OpenNorm
 
 if TYPE_CHECKING:
     from toreq.systems.htsep import HTSEP
 
 NUMBERS_A_WEIGHT = 4
 """A weight, its gradient and Adam's two moments."""
-CONTROLLED = ".parametrizations.weight.original"
 
 log = logging.getLogger("toreq.htsep")
 
@@ -62,6 +62,8 @@ def grow(net: HTSEP, size: int = 2, limit: int = 2**30) -> dict[str, Any]:
         net.equilibrium.warn,
     )
     net.equilibrium, net.head, net.context, net.made = layer, wider.head, wider.context, wider.made
+    net.norms = wider.norms
+    net.train(net.training)
     setattr(net, net.widths, tuple(widths))
     if net.config:
         net.config["options"].update({k: list(v) for k, v in changed.items()})
@@ -102,16 +104,9 @@ def _check_bytes(net: HTSEP, widths: list[int], size: int, limit: int) -> None:
 def _copy_weights(net: HTSEP, wider: HTSEP) -> None:
     """The old weights into the leading part of the new ones, zeros where old and new units meet."""
     old = dict(net.named_parameters())
+    bounds = {id(n._operator[0].weight): n.bound for n in wider.norms if isinstance(n, OpenNorm)}
     for name, new in wider.named_parameters():
-        value = old[name]
-        bound = None
-        if name.endswith(CONTROLLED):
-            owner = net.get_submodule(name.removesuffix(CONTROLLED))
-            # what acts, of a norm below the bound: the control then leaves it as it is
-            value = getattr(owner, "weight")  # noqa: B009 - made at run time by the parametrization
-            control = wider.get_submodule(name.removesuffix(".original"))[0]  # type: ignore[index]
-            bound = float(control.bound)
-        new.copy_(_widened(value, new, bound))
+        new.copy_(_widened(old[name], new, bounds.get(id(new))))
 
 
 def _widened(value: Tensor, fresh: Tensor, bound: float | None) -> Tensor:
