@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from toreq.core import Dense
+from toreq.errors import ConfigError
 from toreq.evidence import BUDGETS, Claim, Trial
 from toreq.evidence.htsep import (
     CLAIMS,
@@ -34,6 +35,7 @@ from toreq.memory import TorusGeometry, TorusMemory
 from toreq.solvers import Spiking
 from toreq.systems import Seen
 from toreq.systems.htsep import HTSEP
+from toreq.systems.htsep_growth import wanted
 
 SMOKE = BUDGETS["smoke"]
 EVERY = pytest.mark.parametrize("one", CLAIMS, ids=lambda c: c.id)
@@ -182,7 +184,7 @@ def test_a_bump_follows_the_path_around_the_torus() -> None:
 def test_reads_are_kept_and_a_growing_learner_grows_when_there_is_no_room() -> None:
     assert growth.reads(0) < 1e-12
     stream = PermutedMNIST(3, 0, train=320, test=10, batch_size=32)
-    net = nets.build("dense", 0, hidden=(8,), torus=(2,), open_share=0.5, lateral=False)
+    net = nets.build("dense", 0, hidden=(8,), torus=(2,), open_share=0.5)
     learner = growth.GrowingLearner(net, growth.VARIANCE)
     learner._count = lambda x, y: None  # type: ignore[method-assign]
     for i in range(len(stream)):
@@ -193,6 +195,23 @@ def test_reads_are_kept_and_a_growing_learner_grows_when_there_is_no_room() -> N
     assert learner.largest_change < 1e-5
     held = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in net.parameters()}
+
+
+def test_the_rule_by_curvature_grows_before_the_torus_is_full() -> None:
+    stream = PermutedMNIST(7, 0, train=320, test=10, batch_size=32)
+    found = {}
+    for rule in (growth.VARIANCE, growth.CURVATURE):
+        net = nets.build("dense", 0, hidden=(18,), torus=growth.BASE, open_share=0.5)
+        learner = growth.GrowingLearner(net, rule)
+        learner._count = lambda x, y: None  # type: ignore[method-assign]
+        for i in range(len(stream)):
+            batch = stream.batch(i)
+            learner.observe(batch.x, batch.y)
+        assert net.context.contexts == 7
+        found[rule] = net.context.sheets
+    assert found == {growth.VARIANCE: (), growth.CURVATURE: (2,)}
+    with pytest.raises(ConfigError, match="a rule in"):
+        wanted(net, torch.rand(4, 1, 28, 28), "taste")
 
 
 # -- H12

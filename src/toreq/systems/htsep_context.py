@@ -51,8 +51,8 @@ class ContextTorus(nn.Module):
     units with :math:`p \ge \tfrac12`, averaged over the slots, is ``share``. In training mode each gate is drawn anew,
     open with probability p; otherwise it is open where :math:`p \ge \tfrac12`. A batch in training mode belongs to the
     context under which all of it is likeliest, and updates that one; it opens a new one, on the free slot farthest from
-    those in use, where its mean likelihood falls below what the context is used to by ``novelty`` standard deviations of
-    an example's, and by five of its own standard errors.
+    those in use, where its mean likelihood falls below what the context is used to by ``novelty`` standard deviations
+    of an example's, and by five of its own standard errors.
 
     Args:
         features: numbers in an input.
@@ -193,9 +193,9 @@ class ContextTorus(nn.Module):
             return self._open_new(x, 0)
         slot, own, z = self._nearest(x)
         if z > self._threshold(x):
-            free = (self.count == 0).nonzero().flatten()
-            if len(free):
-                return self._open_new(x, self._farthest(free, (self.count > 0).nonzero().flatten()))
+            place = self.candidate()
+            if place is not None:
+                return self._open_new(x, place)
             self.full += 1
         self._follow(slot, x, own)
         return slot
@@ -207,6 +207,13 @@ class ContextTorus(nn.Module):
 
     def _threshold(self, x: Tensor) -> float:
         return max(self.novelty, ERRORS / math.sqrt(x.shape[0]))
+
+    def candidate(self) -> int | None:
+        """The slot that the next context would get, None where there is none left."""
+        free = (self.count == 0).nonzero().flatten()
+        if not len(free) or self.contexts == 0:
+            return 0 if len(free) else None
+        return self._farthest(free, (self.count > 0).nonzero().flatten())
 
     def _nearest(self, x: Tensor) -> tuple[int, Tensor, float]:
         """The slot under which a batch is likeliest, its likelihoods there, and by how many deviations they fall short

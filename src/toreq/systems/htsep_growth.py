@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from toreq.errors import ConfigError
+from toreq.errors import ConfigError, nearest
 from toreq.systems.htsep_norm import OpenNorm
 
 if TYPE_CHECKING:
     from toreq.systems.htsep import HTSEP
 
+RULES = ("variance", "curvature")
 NUMBERS_A_WEIGHT = 4
 """A weight, its gradient and Adam's two moments."""
 
@@ -78,6 +79,37 @@ def grow(net: HTSEP, size: int = 2, limit: int = 2**30) -> dict[str, Any]:
     net.context.growth.append(record)
     log.info("a dimension unfolded: %s", record)
     return record
+
+
+@torch.no_grad()
+def wanted(net: HTSEP, x: Tensor, rule: str = "variance", bend: float = 1.0) -> bool:
+    """Whether a batch asks for another dimension: it is novel, and no slot is free.
+
+    With ``rule="curvature"`` also where more than half of the slots are taken and the slot that it would get lies in a
+    valley between places that hold much: the scalar curvature of the torus's geometry there is below ``-bend``.
+
+    Args:
+        net: as it is before it sees the batch.
+        x: the batch.
+        rule: ``"variance"`` or ``"curvature"``.
+        bend: above 0, in squares of inverse slots.
+
+    Raises:
+        ConfigError: for another rule, or a network without contexts.
+    """
+    torus = net.context
+    if rule not in RULES or torus.mode == "off" or torus.source != "statistics":
+        raise ConfigError(
+            f"growth: expected a rule in {RULES} and a network with contexts, got {rule!r} with gates={torus.mode!r}, "
+            f"context={torus.source!r}; {nearest(rule, RULES)}"
+        )
+    if torus.contexts == 0 or not torus.novel(x):
+        return False
+    place = torus.candidate()
+    if place is None or rule == "variance":
+        return place is None
+    curvature = torus.geometry().ricci_scalar().flatten()
+    return torus.contexts * 2 > len(torus.count) and float(curvature[place % len(curvature)]) < -bend
 
 
 def _bytes(net: HTSEP) -> int:

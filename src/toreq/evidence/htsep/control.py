@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,8 @@ KINDS = {
     FORWARD: "feed-forward actor and critic of the same widths, backprop",
 }
 SIDES = {f"{task} {kind}": what for task in TASKS for kind, what in KINDS.items()}
-TRIALS, WIDTH, SHARE, SEEDS = 2, 64, 0.75, {"pendulum": 20, "hopper": 1}
+GAIN, HALF = 0.3, 50.0
+TRIALS, WIDTH, SHARE, SEEDS = 2, 64, 0.75, {"pendulum": 20, "hopper": 3}
 
 TINY = control.Sizes(steps=8, every=8, episodes=1, final=1, envs=2, rollout=2, batch=4, epochs=1)
 
@@ -86,7 +88,7 @@ def task(side: str) -> control.Task:
 
 def run(trial: Trial) -> Outcome:
     """Train and measure one side's policy."""
-    return control.run(trunk(trial), trial, task(trial.side))
+    return control.with_steps(control.run(trunk(trial), trial, task(trial.side)))
 
 
 def mean_return(trial: Trial, params: Mapping[str, Value]) -> float:
@@ -98,7 +100,13 @@ def _criteria() -> tuple[Criterion, ...]:
     found = []
     for name in TASKS:
         own, forward, ablation = (f"{name} {kind}" for kind in (OWN, FORWARD, ABLATION))
-        size = 1000.0
+        found.append(
+            Criterion(
+                f"{name}: {control.SPENT}, against backprop", control.SPENT, "ln steps", "at_most", own,
+                words="+30% sample efficiency in RL tasks (MuJoCo with perturbations)", target=-math.log(1 + GAIN),
+                versus=(forward,), beside=(ablation,), seeds=SEEDS[name],
+            )
+        )  # fmt: skip
         found.append(
             Criterion(
                 f"{name}: return over training against backprop", "return over training", "return", "at_least", own,
@@ -108,8 +116,8 @@ def _criteria() -> tuple[Criterion, ...]:
         )  # fmt: skip
         found.append(
             Criterion(
-                f"{name}: backprop learns", "return", "return", "at_least", forward, target=0.5 * size, condition=True,
-                seeds=SEEDS[name],
+                f"{name}: runs of backprop that reach the threshold", control.REACHED, "%", "at_least", forward,
+                target=HALF, beside=(own, ablation), condition=True, seeds=SEEDS[name],
             )
         )  # fmt: skip
     return tuple(found)
@@ -126,10 +134,10 @@ CLAIM = Claim(
     protocol of this package, PPO of Stable-Baselines3 as it is there, the same for every side. Actor and critic each
     have one layer of {WIDTH} units with a lateral coupling, of which contexts of observations open {SHARE:.0%} on a
     torus of 2 x 2 slots; or two feed-forward layers of {WIDTH} units, which have about as many weights. Adam's rate is
-    tuned on each side in {TRIALS} trials of a quarter of the steps. Judged is the return averaged over the training, by
-    {SEEDS["pendulum"]} seeds on the pendulum and {SEEDS["hopper"]} on the hopper, for its cost; beside it stand the
-    steps to the protocol's threshold (a side that does not reach it has no number there, which a ratio of steps could
-    not bear). It counts where backprop reaches half of 1,000.
+    tuned on each side in {TRIALS} trials of a quarter of the steps. Judged are the logarithm of the steps to the
+    protocol's threshold, all of them where it was not reached, and the return averaged over the training, paired by
+    {SEEDS["pendulum"]} seeds on the pendulum and {SEEDS["hopper"]} on the hopper: {-math.log(1 + GAIN):.3f} is a sample
+    efficiency {100 * GAIN:g}% above. It counts where backprop reaches the threshold in half of its runs.
     """,
     sides=SIDES,
     run=run,

@@ -23,6 +23,7 @@ OPTIONS = {
     "dense": {"hidden": (48,)},
     "residual": {"width": 16, "levels": 3},
     "sequence": {"features": 16, "heads": 2, "hidden": 16, "patch": 14},
+    "classifier": {"features": 16, "heads": 2, "hidden": 16},
 }
 
 

@@ -11,15 +11,16 @@ from toreq.evidence import counting
 from toreq.evidence.claim import Claim, Cost, Criterion, Outcome, Picture, Quantity, Trial
 from toreq.evidence.htsep import nets
 from toreq.solvers import Spiking
-from toreq.solvers.events import ADD, SRAM
+from toreq.solvers.events import ADD, MULTIPLY_ADD, SRAM
 
 OWN, SIMULATOR = "htsep", "simulator"
 SIDES = {
     OWN: "sigma-delta units of this package",
     SIMULATOR: "the exported graph in snnTorch's neurons",
 }
-STEPS, RATE = 400, 100.0
-"""Steps of a run, and classifications a second of the power model."""
+STEPS, RATE = 400, 1000.0
+"""Steps of a run, and classifications a second that a watt should be enough for."""
+POWER = "digits a second at one watt"
 
 
 def run(trial: Trial) -> Outcome:
@@ -56,13 +57,17 @@ def run(trial: Trial) -> Outcome:
     each = events / test
     # an event is an addition and three words; a unit is brought up to date at every step
     nanojoules = 1e-3 * (ADD * (each + 2 * units * steps) + SRAM * (3 * each + 2 * units * steps))
+    # the drive, once a digit: its products in multiply-adds with a word each
+    products = sum(p.numel() for n, p in net.named_parameters() if n.endswith("inner.1.weight"))
+    drive = 1e-3 * products * (MULTIPLY_ADD + SRAM)
     metrics = {
         "accuracy": Quantity(100 * right / test, "%"),
         "accuracy, negated": Quantity(-100 * right / test, "%"),
         "events": Quantity(each, "a digit"),
         "spikes": Quantity(spikes / test, "a digit"),
-        "modelled energy": Quantity(nanojoules, "nJ a digit"),
-        f"modelled power at {RATE:g} digits a second": Quantity(1e-9 * nanojoules * RATE, "W"),
+        "modelled energy": Quantity(nanojoules + drive, "nJ a digit"),
+        "of it the drive": Quantity(drive, "nJ a digit"),
+        POWER: Quantity(1e9 / (nanojoules + drive), "digits a second"),
     }
     return Outcome(metrics, cost=Cost(counting.parameters(net), None, at.samples))
 
@@ -81,18 +86,18 @@ CLAIM = Claim(
             "and no better", "accuracy, negated", "points", "at_least", SIMULATOR, target=-0.1,
             words="maps directly to event-based chips", aim=-0.1, versus=(OWN,),
         ),
-        Criterion(
-            "modelled power", f"modelled power at {RATE:g} digits a second", "W", "at_most", SIMULATOR, target=1.0,
-            words="runs at <1W", aim=1.0, beside=(OWN,),
-        ),
+        Criterion(POWER, POWER, "digits a second", "at_least", SIMULATOR, target=RATE, words="runs at <1W",
+                  beside=(OWN,)),
     ),
     protocol=f"""
     A dense network (256 units quick, 512 full) is trained on MNIST at the mean field, exported as a graph of NIR with
     the gates of its context in the weights, and run from that graph alone in snnTorch: all units one population of
     integrate-and-fire neurons without leak that subtract their threshold, with the block-symmetric matrix onto itself.
     Both sides fire {STEPS} steps for each test digit. The accuracies may differ by a tenth of a point. No chip and no
-    meter are at hand: power is a model from counted events by 45 nm figures with on-chip memory, at {RATE:g} digits a
-    second, and says nothing about routing, leakage or the host.
+    meter are at hand: power is a model from counted events and the drive's products by 45 nm figures with on-chip
+    memory. A power without a rate says nothing, and the seed names none: given is how many digits a second one watt is
+    enough for, judged against {RATE:g}, a choice of this project. The model says nothing about routing, leakage or the
+    host.
     """,
     sides=SIDES,
     run=run,

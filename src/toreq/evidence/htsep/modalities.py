@@ -82,7 +82,7 @@ def pairs(trial: Trial, split: str, count: int) -> Pairs:
     Each has Gaussian noise and is clipped; in a share of the pairs one modality, of even chance, is lost altogether.
     """
     g = torch.Generator().manual_seed(2 * trial.seed + (split == "test"))
-    digits = nets.digits(count, count)
+    digits = nets.digits(count if split == "train" else 10, count if split == "test" else 10)
     images = digits.inputs("train" if split == "train" else "test", slice(0, count))
     y = (digits.train_y if split == "train" else digits.test_y)[:count]
     if trial.budget.name == "smoke":
@@ -126,7 +126,7 @@ def build(side: str, size: int, trial: Trial) -> nn.Module:
     if side == LATE:
         return LateFusion(width)
     # one axis has half as many inputs
-    return nets.build("dense", trial.seed, (size,), hidden=(width if side == TWO else 3 * width // 2,))
+    return nets.build("dense", trial.seed, (size,), hidden=(width if side == TWO else 3 * width // 2,), gates="off")
 
 
 def _trained(trial: Trial, train: Pairs, test: Pairs, params: Mapping[str, Value]) -> tuple[nn.Module, float, int]:

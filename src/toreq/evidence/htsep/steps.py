@@ -62,21 +62,19 @@ def network(width: int, seed: int, radius: float, *, bounded: bool) -> HTSEP:
     )
     (lateral,) = [c for c in nets.layer(net).dynamics.modules() if isinstance(c, Lateral)]
     op = lateral.op
-    raw = op.parametrizations["weight"].original if bounded else op.weight  # type: ignore[index]
-    assert isinstance(raw, torch.Tensor)
+    raw = op.weight
     with torch.no_grad():
         symmetric = (raw + raw.T) / 2
         values, vectors = torch.linalg.eigh(symmetric)
         spread = torch.linspace(-radius, min(radius, 0.95), len(values))
+        if bounded:
+            # what clipping singular values makes of it
+            spread = spread.clamp(-BOUND, BOUND)
         raw.copy_(vectors @ torch.diag(spread) @ vectors.T)
         for part in net.modules():
             if isinstance(part, nn.Linear) and part.in_features == 784 and part.bias is not None:
                 # fields of half the rates' range, where no unit is cut off to begin with
                 part.bias.copy_(0.5 * (torch.eye(width) - raw).sum(1))
-    if bounded:
-        net.train()
-        for _ in range(30):  # the estimate of the norm follows from call to call
-            _ = op.tensors()
     return net
 
 
@@ -117,6 +115,10 @@ CLAIM = Claim(
             words=">0.99 gradient cosine sim to backprop", aim=0.99,
         ),
         Criterion(
+            "steps at the worst radius without norm control", "steps at the worst radius", "steps", "at_most", FREE,
+            target=30.0, words="stable even with spectral radius ~1.2",
+        ),
+        Criterion(
             "steps at the worst radius", "steps at the worst radius", "steps", "at_most", OWN, target=30.0,
             words="stable even with spectral radius ~1.2; vs. 30+ in base", beside=(FREE, PLAIN),
         ),
@@ -125,10 +127,11 @@ CLAIM = Claim(
     One layer of hard-sigmoid units (128 quick, 512 full), all open, whose lateral coupling has eigenvalues spread
     evenly over [-radius, min(radius, 0.95)], radii 0.5 to 1.2, with biases that put the fields in the middle of the
     rates' range; digits of MNIST as input. Steps are field evaluations to a relative residual of {TOLERANCE:g}, the
-    mean over the digits; a side that has not settled after {MOST:,} has no number and counts as that many. Norm
-    control bounds the coupling's norm by {BOUND:g}, which is the claim's own means: at greater radii its side solves a
-    weaker coupling. At the stop the whole gradient of the centered contrast is compared with the implicit gradient of
-    the same network, tightly settled. The Jacobian's actual radius, in which saturated units have no part, is printed.
+    mean over the digits; a side that has not settled after {MOST:,} has no number and counts as that many. Norm control
+    clips the coupling's singular values at {BOUND:g}, which is the claim's own means: at greater radii its side solves
+    a weaker coupling, and Anderson's method without it is judged too. At the stop the whole gradient of the centered
+    contrast is compared with the implicit gradient of the same network, tightly settled. The Jacobian's actual radius,
+    in which saturated units have no part, is printed.
     """,
     sides=SIDES,
     run=run,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from toreq.estimators import Implicit
 from toreq.evidence.budgets import Budget
-from toreq.evidence.claim import Claim, Criterion, Outcome, Picture, Quantity, Trial, Tuning
+from toreq.evidence.claim import Claim, Criterion, Outcome, Picture, Trial, Tuning
 from toreq.evidence.protocols import control
 from toreq.evidence.protocols.control import protocol, tasks
 from toreq.evidence.protocols.control.tasks import Sizes, Task
@@ -32,7 +32,7 @@ WINDOW, FEATURES, HIDDEN = 4, 16, 32
 RATE, TRIALS = 3e-3, 2
 SPACE = Space({"learning_rate": Real(1e-3, 1e-2, log=True)})
 GAIN = 0.8
-SPENT, REACHED, HALF = "log of steps to threshold, or all", "threshold reached", 50.0
+HALF = 50.0
 _COPIES = {"envs": 16, "rollout": 64, "batch": 512, "epochs": 6, "rate": RATE}
 SIZES = {
     "pendulum": {
@@ -119,12 +119,8 @@ def trunk(trial: Trial) -> Tokens:
 def run(trial: Trial) -> Outcome:
     """Train and measure one side's policy on one task."""
     name = trial.side.split()[0]
-    found = control.run(trunk(trial), trial, task(name, trial.budget))
-    steps = found.metrics["steps to threshold, or all"].value
-    assert steps is not None
-    reached = 100.0 * (found.metrics["steps to threshold"].value is not None)
-    metrics = {**found.metrics, SPENT: Quantity(math.log(max(steps, 1.0)), "ln steps"), REACHED: Quantity(reached, "%")}
-    return replace(found, metrics=metrics, curves={name: found.curves["return"]})
+    found = control.with_steps(control.run(trunk(trial), trial, task(name, trial.budget)))
+    return replace(found, curves={name: found.curves["return"]})
 
 
 def mean_return(trial: Trial, params: Mapping[str, Value]) -> float:
@@ -154,15 +150,15 @@ def _criteria() -> tuple[Criterion, ...]:
         own, twin = f"{name} {nets.OWN}", f"{name} {nets.FORWARD}"
         found.append(
             Criterion(
-                f"{name}: {SPENT}, against backprop", SPENT, "ln steps", "at_most", own,
+                f"{name}: {control.SPENT}, against backprop", control.SPENT, "ln steps", "at_most", own,
                 words=">80% sample efficiency gain in RL", target=-math.log(1 + GAIN), versus=(twin,),
                 beside=(f"{name} {nets.IMPLICIT}",) if name == "hopper" else (), seeds=SEEDS[name],
             )
         )  # fmt: skip
         found.append(
             Criterion(
-                f"{name}: runs of backprop that reach the threshold", REACHED, "%", "at_least", twin, target=HALF,
-                beside=(own,), seeds=SEEDS[name], condition=True,
+                f"{name}: runs of backprop that reach the threshold", control.REACHED, "%", "at_least", twin,
+                target=HALF, beside=(own,), seeds=SEEDS[name], condition=True,
             )
         )  # fmt: skip
     return tuple(found)

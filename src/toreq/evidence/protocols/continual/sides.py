@@ -299,8 +299,9 @@ def too_dear(name: str, stream: str, budget: str) -> bool:
     return budget == "quick" and name == "ridge, 4k" and stream != "split"
 
 
-def learner(name: str, stream: Stream, trial: Trial) -> Learner:
-    """The learner of a side, freshly drawn, with the hyperparameters of ``trial.tuned`` over those it ships with."""
+def learner(name: str, stream: Stream, trial: Trial, widths: Sizes | None = None) -> Learner:
+    """The learner of a side, freshly drawn, with the hyperparameters of ``trial.tuned`` over those it ships with, and
+    the widths of the trial's budget where none are given."""
     side = find(name)
     unknown = set(trial.tuned) - set(side.shipped)
     if unknown:
@@ -308,10 +309,11 @@ def learner(name: str, stream: Stream, trial: Trial) -> Learner:
             f"continual: expected hyperparameters of {name!r}, {list(side.shipped)}, got {sorted(unknown)}; drop them"
         )
     params = {**side.shipped, **trial.tuned}
-    return side.make(_Maker(sizes(trial.budget), stream.data, trial.seed, trial.device, params))
+    chosen = sizes(trial.budget) if widths is None else widths
+    return side.make(_Maker(chosen, stream.data, trial.seed, trial.device, params))
 
 
-def side(name: str, trial: Trial, stream: str | Stream) -> Outcome:
+def side(name: str, trial: Trial, stream: str | Stream, widths: Sizes | None = None) -> Outcome:
     """Run one named baseline.
 
     Args:
@@ -319,13 +321,14 @@ def side(name: str, trial: Trial, stream: str | Stream) -> Outcome:
         trial: its budget picks the sizes, its seed draws stream and weights, ``tuned`` overrides hyperparameters, and
             an interrupted run goes on in its scratch folder.
         stream: key of `STREAMS`, or a stream.
+        widths: others than the budget's.
 
     Raises:
         ConfigError: an unknown name, or a side that must be told of tasks on a stream without them.
     """
     made = create(stream, trial.budget, trial.seed) if isinstance(stream, str) else stream
     seen = Mixed(made) if find(name).mixed else made
-    return run(seen, learner(name, seen, trial), scratch=trial.scratch)
+    return run(seen, learner(name, seen, trial, widths), scratch=trial.scratch)
 
 
 def objective(trial: Trial, params: Mapping[str, Value], *, stream: str) -> float:

@@ -3,13 +3,15 @@
 Needs the extra ``rl`` (Gymnasium with MuJoCo, Stable-Baselines3), which is imported when a protocol runs.
 """
 
-from toreq.evidence.protocols.control.protocol import SPACE, objective, run, side
+from toreq.evidence.protocols.control.protocol import REACHED, SPACE, SPENT, objective, run, side, with_steps
 from toreq.evidence.protocols.control.tasks import TASKS, Push, Sizes, Task, find
 from toreq.evidence.protocols.control.trunks import SIDES, Forward, Settled, Settling, Trunk, settled, trunk
 
 __all__ = [
+    "REACHED",
     "SIDES",
     "SPACE",
+    "SPENT",
     "TASKS",
     "Forward",
     "Push",
@@ -24,4 +26,5 @@ __all__ = [
     "settled",
     "side",
     "trunk",
+    "with_steps",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from toreq.tuning import Real, Space
 if TYPE_CHECKING:
     from toreq.evidence.protocols.control.training import Trained
 
+SPENT, REACHED = "log of steps to threshold, or all", "threshold reached"
 SPACE = Space({"learning_rate": Real(5e-4, 1e-2, log=True)})
 """What is tuned on every side: Adam's rate."""
 
@@ -181,3 +183,13 @@ def _flops(found: Trained, sizes: Sizes) -> float:
     twice = counting.flops(step)  # a forward pass for the actions, and a step
     policy.zero_grad()
     return (once + sizes.epochs * (twice - once)) / count
+
+
+def with_steps(found: Outcome) -> Outcome:
+    """An outcome with what claims of sample efficiency are judged by: the logarithm of the steps to the threshold, all
+    of them where it was not reached, and whether it was, in percent."""
+    steps = found.metrics["steps to threshold, or all"].value
+    assert steps is not None
+    reached = 100.0 * (found.metrics["steps to threshold"].value is not None)
+    more = {SPENT: Quantity(math.log(max(steps, 1.0)), "ln steps"), REACHED: Quantity(reached, "%")}
+    return replace(found, metrics={**found.metrics, **more})
