@@ -71,7 +71,7 @@ def _trial(side: str, scratch: Path | None = None) -> Trial:
 
 def test_gates_keep_what_was_learned_where_open_units_forget() -> None:
     """Three permutations one after the other: with gates the first task is as good at the end as it was."""
-    stream = PermutedMNIST(3, 0, train=400, test=100, batch_size=16)
+    stream = PermutedMNIST(3, 0, train=800, test=100, batch_size=16)
     changes = {}
     for side in (retention.OWN, retention.GATES_OFF):
         learner = retention.learner(
@@ -93,7 +93,7 @@ def test_gates_keep_what_was_learned_where_open_units_forget() -> None:
             assert net.context.contexts == 3
     assert changes[retention.OWN][0] > 0.3
     assert changes[retention.OWN][1] > changes[retention.OWN][0] - 0.1
-    # the shared bias of the head alone has moved what the gates keep
+    # units at the edges of two bumps, which both open, have moved what the gates keep
     assert changes[retention.OWN][2] < 0.5 * changes[retention.GATES_OFF][2]
 
 

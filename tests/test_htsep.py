@@ -178,7 +178,7 @@ def test_learning_one_context_leaves_the_weights_of_the_others(make: type) -> No
         assert torch.equal(op.weight[closed], before[name][closed])
         moved |= not torch.allclose(op.weight[~closed], before[name][~closed], rtol=1e-2)
         matrix = _matrix(op, opened[norm.pre], opened[norm.post]).detach()
-        assert float(torch.linalg.matrix_norm(matrix, ord=2)) <= norm.bound * 1.02
+        assert float(torch.linalg.matrix_norm(matrix, ord=2)) <= norm.bound * 1.05
     assert moved
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -119,12 +119,20 @@ class HTSEP(System):
             x: ``(B, *input_shape)``, floating point.
         """
         self.check_input(x)
-        learning = self.context.mode != "off" and self.context.source == "statistics"
-        if self.training and learning:
-            self.context.observe(x)
-        with self.context.drawn(x, draw=self.training):
+        with self.placed(x):
             self.hold(x)
             return self.head(self.opened(x, self.equilibrium(x)))
+
+    @contextlib.contextmanager
+    def placed(self, x: Tensor) -> Iterator[None]:
+        """A context in which the gates of a batch are worked out once. In training mode its statistics are learned
+        first, and all of it belongs to the context that it is told by as a whole: single examples that look like
+        another one would teach that one what it has no examples against."""
+        torus = self.context
+        learning = self.training and torus.mode != "off" and torus.source == "statistics"
+        pinned = torus.pinned(torus.observe(x)) if learning else contextlib.nullcontext()
+        with pinned, torus.drawn(x, draw=self.training):
+            yield
 
     def hold(self, x: Tensor) -> None:
         """In training mode, scale couplings among the units that a batch opens to their bounds."""
@@ -185,10 +193,6 @@ class HTSEP(System):
         finally:
             self.context.mode = mode
         return own, dense_work(every, steps)
-
-    def without_gates(self) -> None:
-        """Open every unit for good: the ablation."""
-        self.context.mode = "off"
 
     def grow(self, size: int = 2, limit: int = 2**30) -> dict[str, Any]:
         """Unfold a dimension: ``size`` - 1 further sheets of units and of slots for contexts, see
@@ -274,7 +278,7 @@ class HTSEPDense(HTSEP):
             around = Dense(
                 self.hidden[0], self.hidden[0], symmetric=True, scale=coupling_scale / math.sqrt(self.hidden[0])
             )
-        head = nn.Linear(self.hidden[-1], num_classes)
+        head = nn.Linear(self.hidden[-1], num_classes, bias=False)
         self.build(nodes, drives, joints, around, bounds, solver, estimator, head, temperature)
 
     def feedforward(self) -> nn.Module:
@@ -362,7 +366,7 @@ class HTSEPConv(HTSEP):
             scale = 0.1 / math.sqrt(9 * self.channels[0])
             around = Conv(shapes[0], self.channels[0], 3, 1, 1, symmetric=True, scale=scale)
         nodes = [Node(n, s, HardSigmoid(k)) for n, s, k in zip(names, shapes, slopes, strict=True)]
-        head = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shapes[-1]), num_classes))
+        head = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shapes[-1]), num_classes, bias=False))
         self.build(nodes, drives, joints, around, bounds, solver, estimator, head, temperature)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -380,11 +384,6 @@ def _slope(net: HTSEP, layer: int) -> float:
     sigma = net.equilibrium.dynamics.activation(f"h{layer + 1}")
     assert isinstance(sigma, HardSigmoid)
     return sigma.gain
-
-
-def sigma_delta(tolerance: float = 1e-2, max_steps: int = 1000, **fields: Any) -> Spiking:
-    """The spiking solver that :meth:`HTSEP.spike` takes, with other fields."""
-    return replace(Spiking(), tolerance=tolerance, max_steps=max_steps, **fields)
 
 
 ARCHITECTURES: dict[str, type[System]] = {"dense": HTSEPDense, "conv": HTSEPConv}

@@ -32,6 +32,8 @@ SLOWEST = 1e-3
 """Smallest rate at which a context's statistics follow."""
 ERRORS = 5.0
 """Standard errors of a batch's mean likelihood that novelty takes at least: a small batch strays by chance."""
+RARE = 0.05
+"""Opening probabilities below it are 0, those as near to 1 are 1."""
 FAR = 1e6
 """Distance between the sheets of an unfolded axis, which no bump bridges."""
 
@@ -47,7 +49,8 @@ class ContextTorus(nn.Module):
     .. math:: k(x) = \arg\max_k\; -\tfrac12\Big\langle\frac{(x - \mu_k)^2}{v_k + v_0} + \log(v_k + v_0)\Big\rangle ,
               \qquad p_i(x) = \frac1{1 + \exp((d(u_i, c_{k(x)}) - r)/e)},
 
-    with d the distance around the torus between the unit and the slot. The bump's radius r is such that the share of
+    with d the distance around the torus between the unit and the slot, and p cut to 0 below 0.05 and to 1 above 0.95.
+    The bump's radius r is such that the share of
     units with :math:`p \ge \tfrac12`, averaged over the slots, is ``share``. In training mode each gate is drawn anew,
     open with probability p; otherwise it is open where :math:`p \ge \tfrac12`. A batch in training mode belongs to the
     context under which all of it is likeliest, and updates that one; it opens a new one, on the free slot farthest from
@@ -136,7 +139,9 @@ class ContextTorus(nn.Module):
 
     def bump(self, name: str) -> Tensor:
         """Opening probabilities p of a node's units at every slot, ``(S, U)``."""
-        return ((self.radius[name] - self._distance(self.places(name))) / self.edge).sigmoid()
+        p = ((self.radius[name] - self._distance(self.places(name))) / self.edge).sigmoid()
+        # a unit that opens once in a thousand times is taught by a context that is not its own
+        return torch.where(p < RARE, 0.0, torch.where(p > 1 - RARE, 1.0, p))
 
     def _distance(self, places: Tensor) -> Tensor:
         return _around(self.slots[:, None] - places, self.slots.new_tensor([*self.shape, *self.sheets]), self.scale)
@@ -273,12 +278,13 @@ class ContextTorus(nn.Module):
 
     @contextlib.contextmanager
     def pinned(self, slot: int) -> Iterator[None]:
-        """A context in which every input has the place of one slot."""
-        self._pinned = slot
+        """A context in which every input has the place of one slot; within another one, that one's."""
+        before = self._pinned
+        self._pinned = slot if before is None else before
         try:
             yield
         finally:
-            self._pinned = None
+            self._pinned = before
 
     @torch.no_grad()
     def gates(self, x: Tensor, name: str) -> Tensor:

@@ -54,9 +54,7 @@ def continual_step(
     net.check_input(x)
     energy = net.equilibrium.dynamics
     assert isinstance(energy, Energy)
-    if net.training and net.context.mode != "off" and net.context.source == "statistics":
-        net.context.observe(x)
-    with net.context.drawn(x, draw=net.training):
+    with net.placed(x):
         net.hold(x)
         bindings = detached(energy.bind(x))
         free = net.equilibrium.free_phase(bindings)

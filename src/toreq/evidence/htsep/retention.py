@@ -97,8 +97,8 @@ def _learned(trial: Trial, stream: Stream) -> Outcome:
         return continual.side(name, replace(trial, side=name), stream, widths(trial))
     own = learner(trial, stream)
     found = continual.run(stream, own, scratch=trial.scratch)
-    assert isinstance(own.net, HTSEP)
-    contexts = {"contexts": Quantity(float(own.net.context.contexts), "")}
+    assert isinstance(own.module, HTSEP)
+    contexts = {"contexts": Quantity(float(own.module.context.contexts), "")}
     return replace(found, metrics={**found.metrics, **contexts})
 
 
