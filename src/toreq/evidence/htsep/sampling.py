@@ -219,6 +219,7 @@ def _of_dense(trial: Trial, size: Size, data: Dataset, points: list[tuple[float,
     other, _ = trained(replace(trial, side=DENSE, scratch=trial.scratch / "dense"), size, data)
     reference = Moments.of(shipped().features(data.inputs("train", slice(None))))
     dense = []
+    drawn(other, min(100, size.samples), LEVELS[0], trial.seed)  # warms up
     for levels in LEVELS:
         x, seconds = drawn(other, size.samples, levels, trial.seed)
         dense.append((1000 * seconds / size.samples, digit_fid(x, reference)))

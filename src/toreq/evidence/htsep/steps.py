@@ -63,6 +63,7 @@ def network(width: int, seed: int, radius: float, *, bounded: bool) -> HTSEP:
     (lateral,) = [c for c in nets.layer(net).dynamics.modules() if isinstance(c, Lateral)]
     op = lateral.op
     raw = op.weight
+    assert isinstance(raw, torch.Tensor)
     with torch.no_grad():
         symmetric = (raw + raw.T) / 2
         values, vectors = torch.linalg.eigh(symmetric)
