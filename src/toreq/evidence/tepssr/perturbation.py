@@ -358,8 +358,8 @@ CLAIM = Claim(
     sides=SIDES,
     run=run,
     picture=Picture(
-        "Response of the tokens to a nudge against steps", x_label="steps", y_label="response", curves=("response",),
-        log_x=True, log_y=True,
+        "Response to a nudge of the last token, by distance", x_label="tokens from the nudged one", y_label="response",
+        curves=("response by distance",), log_y=True,
     ),
     printed=("radius", OFF),
     tuning=Tuning(
