@@ -97,7 +97,7 @@ DEFECTS: tuple[Defect, ...] = (
     _d("halving: examples mixed up", "estimators/pairs.py", "again = self.pair(part, LinearNudge(take(v, worst))", "again = self.pair(part, LinearNudge(take(v, worst.flip(0)))", "test_nudges"),
     _d("halving: bindings of other examples", "core/state.py", "lambda t: rows(t, index)) for name, b", "lambda t: t[: len(index)]) for name, b", "test_compaction"),
     # the layer
-    _d("layer: cotangent of the second read-out ignored", "settle.py", "zip(layer.readout, cotangents, strict=True) if c is not None", "zip(layer.readout[:1], cotangents[:1], strict=True) if c is not None", "test_layer"),
+    _d("layer: cotangent of the second read-out ignored", "settle.py", "for n, c in zip(layer.readout, cotangents, strict=True)\n", "for n, c in zip(layer.readout[:1], cotangents[:1], strict=True)\n", "test_layer"),
     _d("layer: cost gradient not divided by the batch", "settle.py", "factor = cotangents[0] / size if", "factor = cotangents[0] if", "test_nudges"),
     _d("layer: double backward not refused", "settle.py", "if torch.is_grad_enabled():", "if False:", "test_layer"),
     _d("layer: outputs share storage with the kept state", "settle.py", "solution.h[n].clone() for n in layer.readout", "solution.h[n].view_as(solution.h[n]) for n in layer.readout", "test_layer"),
@@ -105,8 +105,8 @@ DEFECTS: tuple[Defect, ...] = (
     # solvers and memory
     _d("fixed point: damping the wrong way round", "solvers/fixed_point.py", "torch.lerp(a, f, self.damping)", "torch.lerp(f, a, self.damping)", "test_solvers"),
     _d("gauss-seidel: reads stale nodes", "solvers/fixed_point.py", "h.update(problem.activate({n: a[n] for n in colour}))", "pass\n        h = problem.activate(a)", "test_solvers"),
-    _d("frozen examples: batch mix-up", _LOOP, "return chosen(done, a[0], b[0]),", "return chosen(done.flip(0), a[0], b[0]),", "test_solvers"),
-    _d("frozen examples: not frozen", _LOOP, "self.kept = _where(self.done, self.kept, kept) if before else kept", "self.kept = kept", "test_solvers"),
+    _d("frozen examples: batch mix-up", _LOOP, "self.kept = chosen_pair(self.done, self.kept, kept) if before", "self.kept = chosen_pair(self.done.flip(0), self.kept, kept) if before", "test_solvers"),
+    _d("frozen examples: not frozen", _LOOP, "self.kept = chosen_pair(self.done, self.kept, kept) if before else kept", "self.kept = kept", "test_solvers"),
     _d("convergence: decided by the batch", _LOOP, "settled = ratio <= solver.tolerance", "settled = (ratio <= solver.tolerance).any().expand_as(ratio).clone()", "test_solvers"),
     _d("anderson: wrong normalisation", _ANDERSON, "return c / c.sum(1, keepdim=True)", "return c / c.abs().sum(1, keepdim=True)", "test_anderson"),
     _d("anderson: ring off by one", _ANDERSON, "carry.head = (i + 1) % self.length", "carry.head = (i + 1) % (self.length - 1)", "test_anderson"),
@@ -115,7 +115,7 @@ DEFECTS: tuple[Defect, ...] = (
     _d("ring: fading sum keeps the oldest", "memory/ring.py", "self._last * oldest", "0 * oldest", "test_ring"),
     # energies, couplings, operators, nodes
     _d("bilinear: missing adjoint", _COUPLINGS, "h[self.post], tensors)\n\n    def gradient", "0 * h[self.post], tensors)\n\n    def gradient", "test_couplings"),
-    _d("bilinear: half of the contrast dropped", _COUPLINGS, "torch.cat([m[self.pre], d[self.pre]])", "torch.cat([m[self.pre], 0 * d[self.pre]])", "test_couplings"),
+    _d("bilinear: half of the contrast dropped", _COUPLINGS, "joined([m[self.pre], d[self.pre]])", "joined([m[self.pre], 0 * d[self.pre]])", "test_couplings"),
     _d("drive: examples weighted alike", _COUPLINGS, 'return {"drive": d * per_example(weight, d)}', 'return {"drive": d * weight.mean()}', "test_couplings"),
     _d("gate: half of its gradient dropped", _COUPLINGS, "wd * self.op(g * m, bound.shared) + m * self.op(g * wd, bound.shared)", "2 * wd * self.op(g * m, bound.shared)", "test_couplings"),
     _d("gate: gradient dropped", _COUPLINGS, 'grads["gate"] = wd', 'grads["gate"] = 0 * wd', "test_couplings"),

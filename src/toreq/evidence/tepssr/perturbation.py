@@ -361,7 +361,7 @@ CLAIM = Claim(
         "Response to a nudge of the last token, by distance", x_label="tokens from the nudged one", y_label="response",
         curves=("response by distance",), log_y=True,
     ),
-    printed=("radius", OFF),
+    printed=("radius",),
     tuning=Tuning(
         held_out, TUNED, TRIALS, {side: {"rate": RATE} for side in TUNED},
         {side: "nothing is trained" for side in SIDES if side not in TUNED},
