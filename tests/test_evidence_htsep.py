@@ -26,12 +26,13 @@ from toreq.evidence.htsep import (
     recall,
     retention,
     sampling,
+    sequential,
     steps,
     streaming,
 )
 from toreq.evidence.protocols.continual import PermutedMNIST
 from toreq.layer import equilibria
-from toreq.memory import TorusGeometry, TorusMemory
+from toreq.memory import TorusMemory
 from toreq.solvers import Spiking
 from toreq.systems import Seen
 from toreq.systems.htsep import HTSEP
@@ -150,6 +151,16 @@ def test_a_torus_holds_a_stream_and_a_ring_holds_its_sum() -> None:
     torch.testing.assert_close(faded, (weights[:, None] * seen).sum(1))
 
 
+def test_a_ring_reads_the_stream_that_the_shared_protocol_gives() -> None:
+    side = f"rows {sequential.OWN}"
+    task = sequential._task(_trial(side), 48)
+    net = sequential.build(_trial(side), task)
+    x = task.batch(task.train, slice(0, 3)).x
+    assert x.shape == (3, 28, 28)
+    inner = net.inner.eval()  # pyright: ignore[reportAttributeAccessIssue]
+    torch.testing.assert_close(net(x), inner(x.flip(1).flatten(1)))
+
+
 def test_pairs_are_corrupted_alike_for_all_sides_and_in_part_lost() -> None:
     one = modalities.pairs(_trial(modalities.TWO), "train", 40)
     two = modalities.pairs(_trial(modalities.GRU), "train", 40)
@@ -220,7 +231,10 @@ def test_the_rule_by_curvature_grows_before_the_torus_is_full() -> None:
 def test_a_rise_of_the_energy_is_seen() -> None:
     net = nets.build("dense", 0, hidden=(12,)).double().eval()
     x = nets.digits(20, 10).inputs("train", slice(0, 2)).double()
-    falling = descent.energies(net, x, 20)
+    first, second = descent.energies(net, x, 40)
+    assert net.context.sheets == (2,)
+    torch.testing.assert_close(second[0], first[-1], atol=1e-12, rtol=0)
+    falling = torch.cat([first, second[1:]])
     assert float(falling.diff(dim=0).max()) <= 1e-12
     assert float(falling[0].min() - falling[-1].max()) > 1
     (layer,) = equilibria(net)
@@ -279,16 +293,17 @@ def test_a_cue_without_noise_recalls_its_own_value_from_a_narrow_kernel() -> Non
     g = torch.Generator().manual_seed(0)
     at = torch.tensor([[0.0, 0.0], [3.0, 3.0], [0.0, 3.0]])
     values = torch.randn(3, 16, generator=g)
-    flat = TorusGeometry((6, 6), None, (30.0, 30.0))
-    found = recall.scores(flat, at, recall.written(at, values), values)
+    torus = replace(recall.memory(5.0), features=16)
+    found = recall.Episode(at, recall.written(torus, at, values), values).scores(torus, torus.geometry())
     assert found.argmax(1).tolist() == [0, 1, 2]
     assert float(found.diagonal().min()) > 0.99
 
 
 def test_the_learned_metric_is_curved_and_the_flat_one_is_not() -> None:
-    learned = recall.geometry(recall.LEARNED, 1.0, 0, 3)
+    torus = recall.memory(1.0)
+    learned = recall.geometry(recall.LEARNED, torus, 0, 3)
     assert float(learned.ricci_scalar().abs().max()) > 1e-3
-    assert recall.geometry(recall.FLAT, 1.0, 0, 3).phi is None
+    assert recall.geometry(recall.FLAT, torus, 0, 3).phi is None
 
 
 # -- H10

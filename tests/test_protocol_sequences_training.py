@@ -111,6 +111,33 @@ def test_the_state_of_another_training_is_refused(task: SequenceTask, tmp_path: 
         _run(task, "transformer", tmp_path)
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_the_rate_rises_stays_and_falls_to_zero(task: SequenceTask, monkeypatch: pytest.MonkeyPatch, share: float):
+    rates: list[float] = []
+    step = torch.optim.Adam.step
+
+    def seen(self: torch.optim.Adam, *arguments: object) -> object:
+        rates.append(self.param_groups[0]["lr"] / RECIPE.rate)
+        return step(self, *arguments)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(torch.optim.Adam, "step", seen)
+    model = sequences.build("gru", task, 1500, 0)
+    train(model, task, RECIPE, seed=0, cooldown=share)
+    long = round(12 * share)
+    falling = [(i + 1) / long for i in reversed(range(long))]
+    wanted = [min(a, b) for a, b in zip([0.5, *[1.0] * 11], [1.0] * (12 - long) + falling, strict=True)]
+    assert rates == pytest.approx(wanted)
+
+
+def test_a_cooldown_is_part_of_what_a_training_is(task: SequenceTask, tmp_path: Path):
+    _run(task, "gru", tmp_path)
+    model = sequences.build("gru", task, 1500, 0)
+    with pytest.raises(CheckpointError, match="another folder"):
+        train(model, task, RECIPE, seed=0, scratch=tmp_path, cooldown=0.5)
+    with pytest.raises(ConfigError, match="cooldown in"):
+        train(model, task, RECIPE, seed=0, cooldown=1.5)
+
+
 def test_a_loss_that_is_not_finite_stops_the_training(task: SequenceTask):
     model = sequences.build("lstm", task, 1500, 0)
     with torch.no_grad():

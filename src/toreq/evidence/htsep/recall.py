@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from toreq.evidence.claim import Claim, Criterion, Outcome, Picture, Quantity, Trial, Tuning
 from toreq.evidence.htsep import nets
-from toreq.memory import TorusGeometry
+from toreq.memory import MemoryState, TorusGeometry, TorusMemory
 from toreq.tuning import Real, Space
 from toreq.tuning.space import Value
 
@@ -34,50 +35,71 @@ def addresses(count: int, seed: int, g: torch.Generator) -> Tensor:
     return torch.where(anywhere[:, None], SLOTS * torch.rand(count, 2, generator=g), at).remainder(SLOTS)
 
 
-def written(at: Tensor, values: Tensor) -> Tensor:
-    """Slots ``(S, F)`` after writing each value at the slot nearest to its address."""
-    index = at.round().long() % SLOTS
-    flat = index[:, 0] * SLOTS + index[:, 1]
-    return torch.zeros(SLOTS * SLOTS, values.shape[1]).index_add(0, flat, values)
+def memory(scale: float) -> TorusMemory:
+    """A torus of slots whose flat kernel falls to 1/e in ``1 / scale`` slots; time plays no part in an episode."""
+    return TorusMemory((2, SLOTS, SLOTS), FEATURES, math.exp(-scale))
 
 
-def scores(geometry: TorusGeometry, cues: Tensor, held: Tensor, values: Tensor) -> Tensor:
+def written(torus: TorusMemory, at: Tensor, values: Tensor) -> MemoryState:
+    """What the torus holds after writing each value ``(P, F)`` at its address, between its four neighbours."""
+    state = torus.empty(1)
+    for address, value in zip(at, values, strict=True):
+        state = torus.write(state, value[None], address)
+    return state
+
+
+def scores(recalled: Tensor, values: Tensor) -> Tensor:
     """Correlation of what each cue recalls with every value that was written, ``(P, P)``."""
-    recalled = geometry.kernel(cues).flatten(1).float() @ held
     return torch.nn.functional.normalize(recalled, dim=1) @ torch.nn.functional.normalize(values, dim=1).T
 
 
-def episode(load: int, noise: float, seed: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Addresses with noise for cues, the slots that were written, and the values."""
+@dataclass(frozen=True)
+class Episode:
+    """Cues ``(P, 2)``, what the torus holds, and the values ``(P, F)`` that they should recall."""
+
+    cues: Tensor
+    held: MemoryState
+    values: Tensor
+
+    def scores(self, torus: TorusMemory, metric: TorusGeometry) -> Tensor:
+        """See :func:`scores`."""
+        return scores(torus.read(self.held, self.cues[None], metric)[0].to(self.values.dtype), self.values)
+
+
+def episode(torus: TorusMemory, load: int, noise: float, seed: int, g: torch.Generator) -> Episode:
+    """Values at addresses, and cues that are those with noise."""
     at = addresses(load, seed, g)
     values = torch.randn(load, FEATURES, generator=g)
     cues = (at + noise * torch.randn(load, 2, generator=g)).remainder(SLOTS)
-    return cues, written(at, values), values
+    return Episode(cues, written(torus, at, values), values)
 
 
-def geometry(side: str, scale: float, seed: int, steps: int) -> TorusGeometry:
+def geometry(side: str, torus: TorusMemory, seed: int, steps: int) -> TorusGeometry:
     """The metric of a side, made from other episodes than it is tested on."""
     g = torch.Generator().manual_seed(7919 + seed)
-    lengths = (scale * SLOTS,) * 2
     if side == FLAT:
-        return TorusGeometry((SLOTS, SLOTS), None, lengths)
+        return torus.geometry()
     if side == STATISTICS:
-        seen = written(addresses(40 * steps, seed, g), torch.ones(40 * steps, 1)).reshape(SLOTS, SLOTS)
-        return TorusGeometry.from_statistics(seen, lengths=lengths).prepared()
+        counter = replace(torus, features=1)
+        seen = written(counter, addresses(40 * steps, seed, g), torch.ones(40 * steps, 1))
+        lengths = torus.geometry().lengths
+        return TorusGeometry.from_statistics(seen.row(0)[0, ..., 0], lengths=lengths).prepared()
     phi = torch.zeros(SLOTS, SLOTS, requires_grad=True)
     adam = torch.optim.Adam([phi], lr=0.05)
     for _ in range(steps):
-        cues, held, values = episode(LOADS[1], NOISES[1], seed, g)
-        found = scores(TorusGeometry((SLOTS, SLOTS), phi, lengths), cues, held, values)
+        one = episode(torus, LOADS[1], NOISES[1], seed, g)
+        found = one.scores(torus, torus.geometry(phi))
         # the right value against all others of the episode
-        loss = torch.nn.functional.cross_entropy(5 * found, torch.arange(len(values)))
+        loss = torch.nn.functional.cross_entropy(5 * found, torch.arange(len(one.values)))
         adam.zero_grad()
         loss.backward()
         adam.step()
-    return TorusGeometry((SLOTS, SLOTS), phi.detach(), lengths).prepared()
+    return torus.geometry(phi.detach()).prepared()
 
 
-def measured(made: TorusGeometry, seed: int, episodes: int, shift: int) -> dict[tuple[int, float], float]:
+def measured(
+    torus: TorusMemory, made: TorusGeometry, seed: int, episodes: int, shift: int
+) -> dict[tuple[int, float], float]:
     """Share of cues whose recall is nearest to its own value, in percent, by load and noise."""
     found: dict[tuple[int, float], float] = {}
     for load in LOADS:
@@ -85,8 +107,7 @@ def measured(made: TorusGeometry, seed: int, episodes: int, shift: int) -> dict[
             g = torch.Generator().manual_seed(104_729 * (shift + 1) + seed)
             right = 0.0
             for _ in range(episodes):
-                cues, held, values = episode(load, noise, seed, g)
-                best = scores(made, cues, held, values).argmax(1)
+                best = episode(torus, load, noise, seed, g).scores(torus, made).argmax(1)
                 right += float((best == torch.arange(load)).double().mean())
             found[load, noise] = 100 * right / episodes
     return found
@@ -95,9 +116,9 @@ def measured(made: TorusGeometry, seed: int, episodes: int, shift: int) -> dict[
 def run(trial: Trial) -> Outcome:
     """Make a side's metric and recall from it."""
     steps, episodes = trial.budget.pick((2, 1), (60, 40), (200, 200))
-    scale = float(str(trial.tuned.get("scale", SCALE)))
-    made = geometry(trial.side, scale, trial.seed, steps)
-    found = measured(made, trial.seed, episodes, 0)
+    torus = memory(float(str(trial.tuned.get("scale", SCALE))))
+    made = geometry(trial.side, torus, trial.seed, steps)
+    found = measured(torus, made, trial.seed, episodes, 0)
     metrics = {"recall": Quantity(sum(found.values()) / len(found), "%")}
     for (load, noise), value in found.items():
         metrics[f"recall, load {load}, noise {noise:g}"] = Quantity(value, "%")
@@ -110,8 +131,9 @@ def run(trial: Trial) -> Outcome:
 def held_out_recall(trial: Trial, params: Mapping[str, Value]) -> float:
     """Mean recall on episodes apart from those of the test."""
     steps, episodes = trial.budget.pick((2, 1), (30, 20), (60, 60))
-    made = geometry(trial.side, float(str(params["scale"])), trial.seed, steps)
-    found = measured(made, trial.seed, episodes, 1)
+    torus = memory(float(str(params["scale"])))
+    made = geometry(trial.side, torus, trial.seed, steps)
+    found = measured(torus, made, trial.seed, episodes, 1)
     return math.fsum(found.values()) / len(found)
 
 
@@ -132,15 +154,16 @@ CLAIM = Claim(
         ),
     ),
     protocol=f"""
-    A torus of {SLOTS} x {SLOTS} slots of {FEATURES} numbers. In an episode values (Gaussian) are written to the slots
-    nearest to their addresses, which crowd around {CENTRES} centres (deviation {SPREAD:g} of a slot; a fifth lie
-    anywhere); the centres are fixed by the seed. Cues are the addresses with noise. A cue recalls the slots weighted by
-    the exponential of minus the geodesic distance, and is right when its recall is nearer in angle to its own value
-    than to any other of the episode. Loads of {LOADS} values, noise of {NOISES} slots, mean over all. The learned side
-    descends the cross entropy of right against wrong values over 60 (quick) or 200 (full) episodes of other draws; the
-    side from statistics sees as many addresses. The scale of lengths at phi = 0, which is the width of a flat kernel,
-    is tuned on every side in {TRIALS} trials. All that is learned is one number a slot, and it is learned by automatic
-    differentiation through the distances.
+    A `TorusMemory` of {SLOTS} x {SLOTS} slots of {FEATURES} numbers. In an episode values (Gaussian) are written at
+    their addresses, each shared by the four slots around, which crowd around {CENTRES} centres (deviation
+    {SPREAD:g} of a slot; a fifth lie anywhere); the centres are fixed by the seed. Cues are the addresses with
+    noise. A cue recalls the slots weighted by the exponential of minus the geodesic distance (`read` with a
+    geometry), and is right when its recall is nearer in angle to its own value than to any other of the episode.
+    Loads of {LOADS} values, noise of {NOISES} slots, mean over all. The learned side descends the cross entropy of
+    right against wrong values over 60 (quick) or 200 (full) episodes of other draws; the side from statistics sees
+    as many addresses. The scale of lengths at phi = 0, which is the width of a flat kernel and minus the logarithm
+    of the decay from slot to slot, is tuned on every side in {TRIALS} trials. All that is learned is one number a
+    slot, and it is learned by automatic differentiation through the distances.
     """,
     sides=SIDES,
     run=run,

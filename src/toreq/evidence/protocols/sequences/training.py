@@ -92,6 +92,7 @@ def train(
     scratch: Path | None = None,
     device: torch.device | str = "cpu",
     watch: Callable[[Progress], None] | None = None,
+    cooldown: float = 0.0,
 ) -> Progress:
     """Train a model in place by Adam.
 
@@ -107,15 +108,22 @@ def train(
         scratch: the folder; None keeps nothing.
         device: where the model is.
         watch: called after every test.
+        cooldown: share of the steps, the last ones, over which the rate falls linearly to 0; for a claim about what is
+            learned in the end, and not about a curve.
 
     Raises:
+        ConfigError: a cooldown outside [0, 1].
         DivergenceError: the loss is no longer finite.
         CheckpointError: the folder holds another training.
         Interrupted: after SIGINT or SIGTERM, when all is saved.
     """
+    if not 0 <= cooldown <= 1:
+        raise ConfigError(f"sequences.train: expected a cooldown in [0, 1], got {cooldown}; e.g. 0.5")
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.rate)
     folder = None if scratch is None else scratch / "training"
     identity = {"task": task.variant, "recipe": asdict(recipe), "seed": seed, "model": type(model).__name__}
+    if cooldown:
+        identity["cooldown"] = cooldown
     at = _resumed(folder, identity, model, optimizer)
     number = torch.arange(len(task.train))
     batches = Batches(number, number, recipe.batch, seed=seed, drop_last=len(number) >= recipe.batch)
@@ -126,7 +134,9 @@ def train(
         while at.step < recipe.steps:
             epoch, start = divmod(at.step, len(batches))
             for index, _ in batches.epoch(epoch, start=start):
-                _step(model, task, recipe, at, optimizer, index, device)
+                left = (recipe.steps - at.step) / (cooldown * recipe.steps) if cooldown else 1.0
+                rate = recipe.rate * min(1.0, (at.step + 1) / max(1, recipe.warmup), left)
+                _step(model, task, recipe, rate, at, optimizer, index, device)
                 if at.step % recipe.evaluate_every == 0 or at.step == recipe.steps:
                     _test(model, task, recipe, at, device, watch)
                 stopping = stop.signal is not None
@@ -149,6 +159,7 @@ def _step(
     model: nn.Module,
     task: SequenceTask,
     recipe: Recipe,
+    rate: float,
     at: Progress,
     optimizer: torch.optim.Optimizer,
     index: torch.Tensor,
@@ -156,7 +167,7 @@ def _step(
 ) -> None:
     started, worked = time.perf_counter(), time.process_time()
     for group in optimizer.param_groups:
-        group["lr"] = recipe.rate * min(1.0, (at.step + 1) / max(1, recipe.warmup))
+        group["lr"] = rate
     model.train()
     batch = task.batch(task.train, index, device)
     loss = scores.loss(task, scores.read_out(model, task, batch), batch)
