@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 from test_htsep import SHAPE, batch, conv, dense, gradient
 from toreq import systems
 from toreq.errors import ConfigError
+from toreq.evidence.protocols.continual.streams import SplitMNIST
 from toreq.systems.htsep import HTSEP, HTSEPDense
 from toreq.systems.htsep_context import ContextTorus, spread
 from toreq.systems.htsep_growth import grow
+from toreq.systems.htsep_laws import GaussianLaws
 
 # -- contexts
 
@@ -54,20 +57,73 @@ def test_one_distribution_is_one_context() -> None:
     assert float(torus.count.sum()) == 60 * 32
 
 
-def test_statistics_are_the_means_of_what_was_seen() -> None:
-    torus = ContextTorus(36, (2,), {"h": 8}, novelty=1e9)
-    parts = [permuted(16, step, torch.arange(36)) for step in range(5)]
-    for part in parts:
-        torus.observe(part)
-    seen = torch.cat(parts).flatten(1)
-    torch.testing.assert_close(torus.mean[0], seen.mean(0), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(torus.square[0], seen.square().mean(0), rtol=1e-4, atol=1e-6)
-    found, used = torus.likelihood(seen)
-    assert used.tolist() == [0]
-    variance = seen.var(0, correction=0) + 0.05
-    law = torch.distributions.Normal(seen.mean(0), variance.sqrt())
-    wanted = (law.log_prob(seen) + 0.5 * torch.log(torch.tensor(2 * torch.pi))).mean(1)
-    torch.testing.assert_close(found[:, 0], wanted, rtol=1e-4, atol=1e-5)
+def test_a_law_is_mean_and_covariance_of_what_was_seen_and_of_a_belief() -> None:
+    laws = GaussianLaws(36, 3).double()
+    parts = [permuted(16, step, torch.arange(36)).double() for step in range(5)]
+    laws.start(1, parts[0])
+    for part in parts[1:]:
+        laws.follow(1, part)
+    seen, first = torch.cat(parts).flatten(1), parts[0].flatten(1)
+    torch.testing.assert_close(laws.mean[1], seen.mean(0))
+    # as many examples again as there are dimensions, of all directions alike
+    alike = first.var(0, correction=0).mean() * torch.eye(36, dtype=torch.float64)
+    scatter = 80 * torch.cov(seen.T, correction=0) + 36 * alike
+    torch.testing.assert_close(laws.covariance[1], scatter / (80 + 36))
+    assert laws.used.tolist() == [1]
+    laws._factor(1)
+    law = torch.distributions.MultivariateNormal(seen.mean(0), scatter / 116 + 0.01 * torch.eye(36))
+    wanted = law.log_prob(seen) / 36 + 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(laws.likelihood(seen)[:, 0], wanted)
+
+
+def test_inputs_of_many_numbers_are_projected_and_nothing_is_stretched() -> None:
+    laws = GaussianLaws(300, 2)
+    assert laws.projection is not None
+    torch.testing.assert_close(laws.projection.T @ laws.projection, torch.eye(128), atol=1e-5, rtol=0)
+    assert torch.equal(laws.projection, GaussianLaws(300, 2).projection)  # pyright: ignore[reportArgumentType]
+    assert "projection" not in laws.state_dict()
+    assert laws.bytes() == 4 * 2 * (3 + 128 + 2 * 128**2)
+
+
+def test_a_law_follows_in_the_end_what_drifts() -> None:
+    laws = GaussianLaws(4, 1)
+    g = torch.Generator().manual_seed(0)
+    laws.start(0, torch.randn(1000, 4, generator=g))
+    for _ in range(3000):
+        laws.follow(0, 1 + 2 * torch.randn(100, 4, generator=g))
+    # the mean of all would not be there yet, that of the last thousand batches is
+    laws.count[0] = 1e9
+    for _ in range(5000):
+        laws.follow(0, torch.randn(100, 4, generator=g) - 1)
+    torch.testing.assert_close(laws.mean[0], torch.full((4,), -1.0), atol=0.05, rtol=0)
+    torch.testing.assert_close(laws.covariance[0], torch.eye(4), atol=0.1, rtol=0)
+
+
+def test_a_new_law_believes_what_makes_its_first_batch_likelier() -> None:
+    g = torch.Generator().manual_seed(0)
+    stretch = torch.diag(torch.tensor([5.0] * 8 + [0.1] * 24))
+    laws = GaussianLaws(32, 3)
+    laws.start(0, torch.randn(4000, 32, generator=g) @ stretch)
+    # alike but elsewhere, then nothing alike
+    laws.start(1, torch.randn(16, 32, generator=g) @ stretch + 3)
+    laws.start(2, torch.randn(16, 32, generator=g) @ stretch.flip(0) - 3)
+    spread = [laws.covariance[k].diagonal() for k in (1, 2)]
+    assert float(spread[0][8:].max()) < 0.1 < 10 < float(spread[0][:8].min())
+    assert float(spread[1][:8].min()) > 1
+
+
+def test_classes_that_arrive_in_pairs_open_a_context_each() -> None:
+    stream = SplitMNIST(0, train=8000, test=1000)
+    torus = ContextTorus(784, (4, 4), {"h": 64})
+    for number in range(len(stream)):
+        torus.observe(stream.batch(number).x)
+    assert torus.contexts == 5
+    right = []
+    for task in range(5):
+        found = torus.address(stream.test(task)[0])
+        right.append(float((found == found.mode().values).double().mean()))
+    # under variances alone three of four
+    assert sum(right) / 5 > 0.85
 
 
 def test_a_bump_opens_its_share_around_its_slot() -> None:

@@ -18,18 +18,15 @@ from torch import Tensor, nn
 from toreq.errors import ConfigError, nearest
 from toreq.memory import TorusGeometry
 from toreq.solvers.noise import Noise
+from toreq.systems.htsep_laws import SLOWEST, GaussianLaws
 
 MODES = ("probabilistic", "hard", "off")
 SOURCES = ("statistics", "input")
-FLOOR = 0.05
-"""Added to every variance: a pixel that has never varied is not proof of another context."""
 GRACE = 256
 """Examples of a context before others are held against it."""
 MATURE = 4096
 """Examples after which a context is used to what it has seen: its level then follows at the slowest rate, so that
 inputs that drift away become novel in the end."""
-SLOWEST = 1e-3
-"""Smallest rate at which a context's statistics follow."""
 ERRORS = 5.0
 """Standard errors of a batch's mean likelihood that novelty takes at least: a small batch strays by chance."""
 RARE = 0.05
@@ -43,11 +40,10 @@ log = logging.getLogger("toreq.htsep")
 class ContextTorus(nn.Module):
     r"""Units at coordinates of a torus, opened by a bump at the place of the input's context.
 
-    Every slot of the torus can hold one context: mean and second moment of its inputs. The place of an input x is the
-    slot under whose diagonal Gaussian it is likeliest,
+    Every slot of the torus can hold one context: mean and covariance of its inputs in a random projection. The place
+    of an input x is the slot under whose Gaussian it is likeliest (:class:`~toreq.systems.htsep_laws.GaussianLaws`),
 
-    .. math:: k(x) = \arg\max_k\; -\tfrac12\Big\langle\frac{(x - \mu_k)^2}{v_k + v_0} + \log(v_k + v_0)\Big\rangle ,
-              \qquad p_i(x) = \frac1{1 + \exp((d(u_i, c_{k(x)}) - r)/e)},
+    .. math:: k(x) = \arg\max_k \ell_k(x), \qquad p_i(x) = \frac1{1 + \exp((d(u_i, c_{k(x)}) - r)/e)},
 
     with d the distance around the torus between the unit and the slot, and p cut to 0 below 0.05 and to 1 above 0.95.
     The bump's radius r is such that the share of
@@ -74,9 +70,7 @@ class ContextTorus(nn.Module):
         ConfigError: for a value out of range.
     """
 
-    mean: Tensor
-    square: Tensor
-    count: Tensor
+    laws: GaussianLaws
     level: Tensor
     wobble: Tensor
     slots: Tensor
@@ -109,9 +103,8 @@ class ContextTorus(nn.Module):
         self._pinned: int | None = None
         copies = math.prod(self.sheets)
         total = math.prod(self.shape) * copies
-        self.register_buffer("mean", torch.zeros(total, features))
-        self.register_buffer("square", torch.zeros(total, features))
-        for name in ("count", "level", "wobble"):
+        self.laws = GaussianLaws(features, total, seed)
+        for name in ("level", "wobble"):
             self.register_buffer(name, torch.zeros(total))
         self.register_buffer("slots", _laid_out(_grid(self.shape), self.sheets))
         self.register_buffer("scale", torch.tensor([1.0] * len(self.shape) + [FAR] * len(self.sheets)))
@@ -156,37 +149,33 @@ class ContextTorus(nn.Module):
 
     def take(self, other: ContextTorus) -> None:
         """Go on with what a torus of fewer sheets has learned: its slots are the first of this one."""
-        held = len(other.count)
-        for name in ("mean", "square", "count", "level", "wobble"):
-            self.get_buffer(name)[:held] = other.get_buffer(name)
+        self.laws.take(other.laws)
+        for name in ("level", "wobble"):
+            held = other.get_buffer(name)
+            self.get_buffer(name)[: len(held)] = held
         self.noise, self.full, self.growth = other.noise, other.full, list(other.growth)
 
     # -- contexts
 
     @property
+    def count(self) -> Tensor:
+        """Examples seen by each slot's context, ``(S,)``; 0 where there is none."""
+        return self.laws.count
+
+    @property
     def contexts(self) -> int:
         """Slots in use."""
-        return int((self.count > 0).sum())
-
-    def likelihood(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean log likelihood of a feature under every context in use, ``(B, K)``, and the slots ``(K,)``."""
-        used = (self.count > 0).nonzero().flatten()
-        x = x.flatten(1).to(self.mean)
-        mean = self.mean[used]
-        variance = (self.square[used] - mean * mean).clamp_min(0) + FLOOR
-        precise = variance.reciprocal()
-        quadratic = x.square() @ precise.T - 2 * x @ (mean * precise).T + (mean * mean * precise).sum(1)
-        return -0.5 * (quadratic + variance.log().sum(1)) / self.features, used
+        return len(self.laws.used)
 
     @torch.no_grad()
     def address(self, x: Tensor) -> Tensor:
         """The slot of each input's context, int64 ``(B,)``; slot 0 before anything has been seen."""
         if self._pinned is not None:
             return torch.full((x.shape[0],), self._pinned, dtype=torch.int64, device=x.device)
-        if not bool((self.count > 0).any()):
+        used = self.laws.used
+        if not len(used):
             return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        found, used = self.likelihood(x)
-        return used[found.argmax(1)]
+        return used[self.laws.likelihood(x).argmax(1)]
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> int:
@@ -218,15 +207,15 @@ class ContextTorus(nn.Module):
         free = (self.count == 0).nonzero().flatten()
         if not len(free) or self.contexts == 0:
             return 0 if len(free) else None
-        return self._farthest(free, (self.count > 0).nonzero().flatten())
+        return self._farthest(free, self.laws.used)
 
     def _nearest(self, x: Tensor) -> tuple[int, Tensor, float]:
         """The slot under which a batch is likeliest, its likelihoods there, and by how many deviations they fall short
         of what that context is used to; 0 while it is new."""
-        found, used = self.likelihood(x)
+        found = self.laws.likelihood(x)
         means = found.mean(0)
         best = int(means.argmax())
-        slot = int(used[best])
+        slot = int(self.laws.used[best])
         z = (self.level[slot] - means[best]) / self.wobble[slot].clamp_min(1e-12).sqrt()
         return slot, found[:, best], float(z) if float(self.count[slot]) >= GRACE else 0.0
 
@@ -237,22 +226,15 @@ class ContextTorus(nn.Module):
         return int(free[away.amin(1).argmax()])
 
     def _open_new(self, x: Tensor, slot: int) -> int:
-        flat = x.flatten(1).to(self.mean)
-        self.mean[slot], self.square[slot] = flat.mean(0), flat.square().mean(0)
-        self.count[slot] = flat.shape[0]
-        found, used = self.likelihood(x)
-        own = found[:, int((used == slot).nonzero())]
+        self.laws.start(slot, x)
+        own = self.laws.likelihood(x)[:, int((self.laws.used == slot).nonzero())]
         self.level[slot] = own.mean()
         self.wobble[slot] = own.var(correction=0)
         log.info("context %d opened at slot %d of %s", self.contexts, slot, (*self.shape, *self.sheets))
         return slot
 
     def _follow(self, slot: int, x: Tensor, found: Tensor) -> None:
-        flat = x.flatten(1).to(self.mean)
-        self.count[slot] += flat.shape[0]
-        rate = max(flat.shape[0] / float(self.count[slot]), SLOWEST)
-        self.mean[slot].lerp_(flat.mean(0), rate)
-        self.square[slot].lerp_(flat.square().mean(0), rate)
+        rate = self.laws.follow(slot, x)
         # likelihoods change while the statistics form
         quick = max(rate, 0.1) if float(self.count[slot]) < MATURE else SLOWEST
         self.level[slot].lerp_(found.mean(), quick)

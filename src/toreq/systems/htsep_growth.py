@@ -114,14 +114,14 @@ def wanted(net: HTSEP, x: Tensor, rule: str = "variance", bend: float = 1.0) -> 
 
 def _bytes(net: HTSEP) -> int:
     weights = sum(p.numel() * p.element_size() for p in net.parameters()) * NUMBERS_A_WEIGHT
-    return weights + sum(b.numel() * b.element_size() for b in (net.context.mean, net.context.square))
+    return weights + net.context.laws.bytes()
 
 
 def _check_bytes(net: HTSEP, widths: list[int], size: int, limit: int) -> None:
     """Refuse before anything is allocated; what joins two grown layers grows by the square of ``size``."""
     shapes = dict(net.equilibrium.dynamics.shapes)
     units = {shape[0] for shape in shapes.values()}
-    wanted = size * sum(b.numel() * b.element_size() for b in (net.context.mean, net.context.square))
+    wanted = size * net.context.laws.bytes()
     for p in net.parameters():
         grown = sum(n in units for n in p.shape[:2]) if p.dim() > 1 else 1
         wanted += NUMBERS_A_WEIGHT * p.numel() * p.element_size() * size ** max(1, grown)

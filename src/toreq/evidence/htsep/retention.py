@@ -174,13 +174,13 @@ CLAIM = Claim(
     hidden layer of {HIDDEN["quick"]} (quick) or {HIDDEN["full"]} (full) units with a lateral coupling at the fast
     settings; the perceptrons of EWC and fine-tuning have two layers of that width, and so as many weights, the LSTM
     {RECURRENT["quick"]} or {RECURRENT["full"]} units. The share of units that a context opens starts at {SHARE} of all.
-    Contexts are opened and recognised from the mean and second moment of the inputs alone; which context an image is of
+    Contexts are opened and recognised from the mean and covariance of the inputs alone; which context an image is of
     is inferred for each image by itself in the test, and for a batch in training. Adam keeps no momentum (its memory of
     squares is {ADAM}), since a momentum goes on moving units that closed. Tuned are the rate and the share (all units
     open: the rate and the memory of squares); the other sides tune their own two; {TRIALS} trials each on a smaller
     stream of held-out training images under another seed, so that on the permuted one tasks are several times shorter
     there for every side. EWC alone is told where tasks end. Parameters and memory of each side stand beside its
-    accuracy: statistics of contexts are memory, of 16 slots with two numbers a pixel.
+    accuracy: statistics of contexts are memory, of 16 slots with the covariance and its factor of 128 numbers.
     """,
     sides=SIDES,
     run=run,
