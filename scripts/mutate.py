@@ -203,6 +203,15 @@ DEFECTS: tuple[Defect, ...] = (
     _d("gated coupling: the way down ungated", "core/gating.py", "parts[self.pre] = below * self.op.adjoint", "parts[self.pre] = self.op.adjoint", "test_htsep"),
     _d("gated coupling: means and differences swapped", "core/gating.py", "torch.cat([below * m[self.pre], below * d[self.pre]])", "torch.cat([below * d[self.pre], below * m[self.pre]])", "test_htsep"),
     _d("contexts: closed where they should be open", "systems/htsep_context.py", "((self.radius[name] - self._distance(self.places(name))) / self.edge)", "((self._distance(self.places(name)) - self.radius[name]) / self.edge)", "test_htsep_contexts"),
+    _d("open norm: all units held, open or not", "systems/htsep_norm.py", "self._clip(post.amax(0), pre.amax(0))", "self._clip(torch.ones_like(post.amax(0)), torch.ones_like(pre.amax(0)))", "test_htsep"),
+    _d("open norm: clipped to nothing", "systems/htsep_norm.py", "excess = (sizes - self.bound).clamp_min(0)", "excess = sizes", "test_htsep"),
+    _d("laws: a new one believes nothing of others", "systems/htsep_laws.py", "if len(used):", "if False:", "test_htsep_contexts"),
+    _d("laws: moves of the mean are no variance", "systems/htsep_laws.py", "(1 - rate) * torch.outer", "0 * torch.outer", "test_htsep_contexts"),
+    # segments, and orders of memory
+    _d("segments: padding alone moves the ring", "systems/tepssr_memory.py", "new if real is None else _moved(real, new, held)", "new", "test_tepssr_memory"),
+    _d("segments: padding alone has the answer", "systems/tepssr_memory.py", "torch.where(real[:, None], logits, last)", "logits", "test_tepssr_memory"),
+    _d("segments: old states at the wrong age", "systems/tepssr_memory.py", "rows[(new.head - place) % count]", "rows[(new.head + place) % count]", "test_tepssr_memory"),
+    _d("states joined along another axis", "core/state.py", "order.index(0))", "0)", "test_tepssr"),
     _d("settings: fast is exact", "systems/registry.py", 'if settings == "fast":', "if False:", "test_settings"),
 )  # fmt: skip
 

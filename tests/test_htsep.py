@@ -182,6 +182,21 @@ def test_learning_one_context_leaves_the_weights_of_the_others(make: type) -> No
     assert moved
 
 
+def test_singular_values_above_the_bound_fall_to_it_and_the_others_stay() -> None:
+    g = torch.Generator().manual_seed(0)
+    op = Dense(12, 10).double()
+    norm = OpenNorm(op, 0.5, "a", "b").double()
+    left, right = (torch.linalg.qr(torch.randn(n, 10, generator=g, dtype=torch.float64))[0] for n in (10, 12))
+    sizes = torch.tensor([1.3, 0.8, 0.45, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01], dtype=torch.float64)
+    every = torch.ones(1, 12, dtype=torch.float64), torch.ones(1, 10, dtype=torch.float64)
+    for _ in range(20):  # the directions follow from step to step
+        with torch.no_grad():
+            op.weight.copy_(left @ torch.diag(sizes) @ right.T)
+        norm.hold(*every)
+    found = torch.linalg.svdvals(op.weight)
+    torch.testing.assert_close(found, sizes.clamp_max(0.5), rtol=1e-3, atol=1e-4)
+
+
 def _matrix(op: Dense | Conv, pre: Tensor, post: Tensor) -> Tensor:
     """The operator among open units, one column for each number that goes in."""
     eye = torch.eye(math.prod(op.in_shape), dtype=torch.float64).reshape(-1, *op.in_shape)
