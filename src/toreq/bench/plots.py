@@ -14,34 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, png
+from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, look, png
 from toreq.errors import ConfigError, nearest
 from toreq.io import atomic_write_bytes
 
 Row = Mapping[str, Any]
 PALETTE = PALETTES["light"]
 PANEL = (4.2, 3.3)
-SETTINGS: Any = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "legend.fontsize": 8.5,
-    "text.color": PALETTE.ink,
-    "axes.labelcolor": PALETTE.ink,
-    "axes.edgecolor": PALETTE.faint,
-    "xtick.color": PALETTE.ink,
-    "ytick.color": PALETTE.ink,
-    "axes.facecolor": PALETTE.ground,
-    "figure.facecolor": PALETTE.ground,
-    "grid.color": PALETTE.faint,
-    "grid.linewidth": 0.6,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.linewidth": 1.7,
-    "lines.markersize": 4.5,
-}
+SETTINGS: Any = look(PALETTE, small=10, legend=8.5, line=1.7)
 
 
 def write(result: Row, folder: Path) -> Path:

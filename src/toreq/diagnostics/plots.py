@@ -64,24 +64,38 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-@contextmanager
-def axes_of(theme: Theme, height: float = HEIGHT, width: float = WIDTH) -> Iterator[tuple[Figure, Axes, Palette]]:
-    """A figure of one theme, its axes and its colours, for as long as it is drawn."""
-    palette = PALETTES[theme]
-    settings: Any = {
+def look(
+    palette: Palette,
+    *,
+    see_through: bool = False,
+    small: float = 9,
+    legend: float = 9,
+    line: float = 1.9,
+    mark: float = 4.5,
+) -> Any:
+    """Matplotlib's settings of every figure of this project.
+
+    Args:
+        palette: its colours.
+        see_through: no ground, for a page that has its own.
+        small, legend: points of the axes' numbers and of the legend.
+        line, mark: points of lines and markers.
+    """
+    ground = "none" if see_through else palette.ground
+    return {
         "font.size": 10,
         "axes.titlesize": 10.5,
         "axes.labelsize": 10,
-        "legend.fontsize": 9,
-        "xtick.labelsize": 9,
-        "ytick.labelsize": 9,
+        "legend.fontsize": legend,
+        "xtick.labelsize": small,
+        "ytick.labelsize": small,
         "text.color": palette.ink,
         "axes.labelcolor": palette.ink,
         "axes.edgecolor": palette.faint,
         "xtick.color": palette.ink,
         "ytick.color": palette.ink,
-        "axes.facecolor": palette.ground,
-        "figure.facecolor": palette.ground,
+        "axes.facecolor": ground,
+        "figure.facecolor": ground,
         "grid.color": palette.faint,
         "grid.linewidth": 0.6,
         "axes.grid": True,
@@ -89,10 +103,16 @@ def axes_of(theme: Theme, height: float = HEIGHT, width: float = WIDTH) -> Itera
         "axes.spines.top": False,
         "axes.spines.right": False,
         "legend.frameon": False,
-        "lines.linewidth": 1.9,
-        "lines.markersize": 4.5,
+        "lines.linewidth": line,
+        "lines.markersize": mark,
     }
-    with matplotlib.rc_context(settings):
+
+
+@contextmanager
+def axes_of(theme: Theme, height: float = HEIGHT, width: float = WIDTH) -> Iterator[tuple[Figure, Axes, Palette]]:
+    """A figure of one theme, its axes and its colours, for as long as it is drawn."""
+    palette = PALETTES[theme]
+    with matplotlib.rc_context(look(palette)):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.add_subplot(), palette

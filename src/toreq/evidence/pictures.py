@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, Palette, Theme
+from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, Palette, Theme, look
 from toreq.evidence.claim import Claim, Criterion
 from toreq.evidence.statistics import interval, mean_curve
 from toreq.evidence.verdicts import Outcomes, numbers
@@ -51,32 +51,7 @@ def svg(figure: Figure, name: str) -> str:
 @contextmanager
 def _axes(theme: Theme, height: float) -> Iterator[tuple[Figure, Axes, Palette]]:
     palette = PALETTES[theme]
-    settings: Any = {
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "axes.titlesize": 10.5,
-        "axes.labelsize": 10,
-        "legend.fontsize": 9,
-        "xtick.labelsize": 9,
-        "ytick.labelsize": 9,
-        "text.color": palette.ink,
-        "axes.labelcolor": palette.ink,
-        "axes.edgecolor": palette.faint,
-        "xtick.color": palette.ink,
-        "ytick.color": palette.ink,
-        "axes.facecolor": "none",
-        "figure.facecolor": "none",
-        "grid.color": palette.faint,
-        "grid.linewidth": 0.6,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "lines.linewidth": 1.9,
-        "lines.markersize": 4.5,
-    }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(look(palette, see_through=True)):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure, figure.add_subplot(), palette
 

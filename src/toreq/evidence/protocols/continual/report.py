@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, Palette, Theme
+from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, Palette, Theme, look
 from toreq.errors import DataError
 from toreq.evidence.claim import Outcome
 from toreq.evidence.pictures import svg
@@ -119,31 +119,7 @@ def picture(results: Results, theme: Theme) -> Figure:
     """A panel for each stream: mean accuracy on the test sets met so far, one line for each learner."""
     palette = PALETTES[theme]
     streams = [stream for stream in sides.STREAMS if stream in results.streams]
-    settings: Any = {
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "axes.titlesize": 10.5,
-        "legend.fontsize": 9,
-        "xtick.labelsize": 9,
-        "ytick.labelsize": 9,
-        "text.color": palette.ink,
-        "axes.labelcolor": palette.ink,
-        "axes.edgecolor": palette.faint,
-        "xtick.color": palette.ink,
-        "ytick.color": palette.ink,
-        "axes.facecolor": "none",
-        "figure.facecolor": "none",
-        "grid.color": palette.faint,
-        "grid.linewidth": 0.6,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "lines.linewidth": 1.6,
-        "lines.markersize": 4,
-    }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(look(palette, see_through=True, line=1.6, mark=4)):
         figure = Figure(figsize=(WIDTH, HEIGHT * len(streams) + 1.1), layout="constrained")
         panels = figure.subplots(len(streams), 1, squeeze=False)[:, 0]
         handles: dict[str, Any] = {}

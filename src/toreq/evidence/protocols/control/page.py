@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, png
+from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, look, png
 from toreq.errors import DataError, ToreqError
 from toreq.evidence.protocols.control.results import Results
 from toreq.evidence.protocols.control.tasks import TASKS
@@ -128,20 +127,7 @@ def draw(results: Results) -> Figure:
     """Return against steps: a thick line for the mean over a side's seeds, thin ones for each of them."""
     palette = PALETTES["light"]
     task = TASKS[results.task]
-    settings: Any = {
-        "font.size": 10,
-        "axes.titlesize": 10.5,
-        "legend.fontsize": 9,
-        "axes.edgecolor": palette.faint,
-        "grid.color": palette.faint,
-        "grid.linewidth": 0.6,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(look(palette, small=10)):
         figure = Figure(figsize=(5.4, 3.5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, Palette, Theme
+from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, Palette, Theme, look
 from toreq.errors import DataError
 from toreq.evidence.claim import Outcome
 from toreq.evidence.pictures import svg
@@ -165,7 +165,7 @@ def picture(runs: Runs, theme: Theme) -> Figure:
     ]
     panels = [panel for panel in panels if any(panel[0] in outcome.curves for outcome in runs.values())]
     palette = PALETTES[theme]
-    with matplotlib.rc_context(_style(palette)):
+    with matplotlib.rc_context(look(palette, see_through=True, small=10, line=1.7, mark=4)):
         figure = Figure(figsize=(8.4, 0.8 + 2.7 * ((len(panels) + 1) // 2)), layout="constrained")
         grid = figure.subplots((len(panels) + 1) // 2, 2, squeeze=False)
         for axes, (curve, title, label) in zip(grid.flat, panels, strict=True):
@@ -191,28 +191,3 @@ def _panel(axes: Axes, runs: Runs, curve: str, palette: Palette) -> None:
         if points[0][2] is not None:
             low, high = [float(p[2] or 0) for p in points], [float(p[3] or 0) for p in points]
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-
-
-def _style(palette: Palette) -> Any:
-    return {
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "axes.titlesize": 10.5,
-        "legend.fontsize": 9,
-        "text.color": palette.ink,
-        "axes.labelcolor": palette.ink,
-        "axes.edgecolor": palette.faint,
-        "xtick.color": palette.ink,
-        "ytick.color": palette.ink,
-        "axes.facecolor": "none",
-        "figure.facecolor": "none",
-        "grid.color": palette.faint,
-        "grid.linewidth": 0.6,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "lines.linewidth": 1.7,
-        "lines.markersize": 4,
-    }

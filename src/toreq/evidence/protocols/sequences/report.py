@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, Palette, Theme, png
+from toreq.diagnostics.plots import MARKERS, PALETTES, STYLES, Palette, Theme, look, png
 from toreq.errors import DataError
 from toreq.evidence.claim import Outcome
 from toreq.evidence.protocols.sequences import models, plans
@@ -26,29 +26,6 @@ PAGE = Path("docs/protocols/sequences.md")
 BEGIN, END = "<!-- generated: sequences -->", "<!-- end of generated -->"
 PICTURES: dict[str, Theme] = {"sequences-light.png": "light", "sequences-dark.png": "dark"}
 PANEL = (4.2, 3.2)
-
-
-def _settings(palette: Palette) -> Any:
-    return {
-        "font.size": 10,
-        "axes.titlesize": 10.5,
-        "text.color": palette.ink,
-        "axes.labelcolor": palette.ink,
-        "axes.edgecolor": palette.faint,
-        "axes.facecolor": palette.ground,
-        "figure.facecolor": palette.ground,
-        "xtick.color": palette.ink,
-        "ytick.color": palette.ink,
-        "grid.color": palette.faint,
-        "grid.linewidth": 0.6,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "lines.linewidth": 1.7,
-        "lines.markersize": 4,
-    }
 
 
 def write(results: Results, page: Path) -> None:
@@ -146,7 +123,7 @@ def picture(results: Results, theme: Theme) -> Figure:
     tasks, palette = _tasks(results), PALETTES[theme]
     across = min(2, len(tasks))
     down = math.ceil((len(tasks) + 1) / across)
-    with matplotlib.rc_context(_settings(palette)):
+    with matplotlib.rc_context(look(palette, small=10, legend=10, line=1.7, mark=4)):
         figure = Figure(figsize=(PANEL[0] * across, PANEL[1] * down), layout="constrained")
         FigureCanvasAgg(figure)
         panels = [figure.add_subplot(down, across, n + 1) for n in range(len(tasks) + 1)]
