@@ -15,6 +15,7 @@ from toreq.systems.htsep import HTSEP
 
 RADII = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 JUDGED, TOLERANCE, MOST, BOUND = 0.8, 1e-3, 1000, 0.8
+SEEDS = 10  # a run takes seconds, and the mean lies close to its bound
 OWN, FREE, PLAIN = "htsep", "no norm control", "plain"
 SIDES = {
     OWN: "Anderson's method over the ring, couplings bounded in norm",
@@ -109,19 +110,20 @@ CLAIM = Claim(
     criteria=(
         Criterion(
             f"steps at radius {JUDGED:g}", "steps at the judged radius", "steps", "at_most", OWN, target=10.0,
-            words="converges in <10 steps", aim=10.0, beside=(FREE, PLAIN),
+            words="converges in <10 steps", aim=10.0, beside=(FREE, PLAIN), seeds=SEEDS,
         ),
         Criterion(
             f"cosine at radius {JUDGED:g}", "cosine at the judged radius", "", "at_least", OWN, target=0.99,
-            words=">0.99 gradient cosine sim to backprop", aim=0.99,
+            words=">0.99 gradient cosine sim to backprop", aim=0.99, seeds=SEEDS,
         ),
         Criterion(
             "steps at the worst radius without norm control", "steps at the worst radius", "steps", "at_most", FREE,
-            target=30.0, words="stable even with spectral radius ~1.2",
+            target=30.0, words="stable even with spectral radius ~1.2", seeds=SEEDS,
         ),
         Criterion(
             "steps at the worst radius", "steps at the worst radius", "steps", "at_most", OWN, target=30.0,
             words="stable even with spectral radius ~1.2; vs. 30+ in base", beside=(FREE, PLAIN),
+            seeds=SEEDS,
         ),
     ),
     protocol=f"""
