@@ -39,13 +39,15 @@ class Palette:
 
 
 PALETTES: Mapping[Theme, Palette] = {
-    "light": Palette("#ffffff", "#1c2024", "#d5d9de", ("#0072B2", "#D55E00", "#009E73", "#A6507F", "#5B5B5B"), "Blues"),
+    "light": Palette(
+        "#ffffff", "#1c2024", "#d5d9de", ("#0072B2", "#D55E00", "#009E73", "#A6507F", "#5B5B5B", "#8F7A00"), "Blues"
+    ),
     "dark": Palette(
-        "#171a1e", "#e6e9ec", "#3a4048", ("#56B4E9", "#E69F00", "#2FC79A", "#E08FBF", "#B5B5B5"), "cividis"
+        "#171a1e", "#e6e9ec", "#3a4048", ("#56B4E9", "#E69F00", "#2FC79A", "#E08FBF", "#B5B5B5", "#EFE36A"), "cividis"
     ),
 }
-STYLES = ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v")
+STYLES = ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)), (0, (7, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 @dataclass(frozen=True)
@@ -382,7 +384,8 @@ def bars(
     kinds = list(dict.fromkeys(groups))
     with axes_of(theme, height=0.95 + 0.36 * max(len(labels), 1)) as (figure, axes, palette):
         places = np.arange(len(labels))[::-1]
-        drawn = axes.barh(places, values, color=[palette.series[kinds.index(g) % 5] for g in groups], height=0.65)
+        colors = [palette.series[kinds.index(g) % len(palette.series)] for g in groups]
+        drawn = axes.barh(places, values, color=colors, height=0.65)
         axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=9)
         axes.set_yticks(places, labels)
         axes.grid(visible=False, axis="y")
