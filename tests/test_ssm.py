@@ -340,6 +340,7 @@ def _layer(selective: bool) -> tuple[Equilibrium, Tensor]:
     drive = nn.Linear(D, D).double()
     with torch.no_grad():
         drive.weight.copy_(torch.eye(D) * 2)
+        drive.bias.copy_(0.3 * torch.randn(D, generator=g, dtype=torch.float64))
     terms = [Drive("a", drive), Potential(op, "a")]
     energy = Energy([Node("a", (9, D), LayerNorm(D))], terms).double()
     return Equilibrium(energy, FixedPoint(max_steps=1000, tolerance=1e-13)), torch.randn(
@@ -352,7 +353,7 @@ def _layer(selective: bool) -> tuple[Equilibrium, Tensor]:
     [
         Centered(beta=1e-4, tolerance=1e-10, max_steps=2000),
         OneSided(beta=1e-5, tolerance=1e-9, max_steps=2000),
-        Holomorphic(beta=1e-2, tolerance=1e-11, max_steps=2000),
+        Holomorphic(beta=1e-3, tolerance=1e-11, max_steps=2000),
     ],
     ids=lambda e: e.name,
 )
